@@ -1,0 +1,1 @@
+"""The full BLIP-2 system."""
