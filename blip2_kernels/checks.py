@@ -1,0 +1,84 @@
+"""Argument checks shared by every public function: one wording, `name: expected …, got …`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """What came, in the words of an error message: dtype and shape of a tensor, type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] = (),
+    device: torch.device | None = None,
+) -> Tensor:
+    """Check rank, sizes, dtype and device of a tensor.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        shape: one entry a dimension: an int must match, a str only names a free dimension.
+        dtypes: admissible dtypes; empty for any.
+        device: where the tensor must live; None for anywhere.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: another rank, size or device.
+    """
+    wanted = "[" + ", ".join(map(str, shape)) + "]"
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    expected = f"{kinds} {wanted}".strip()
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {expected}, got {describe(value)}")
+    if value.dim() != len(shape) or any(
+        isinstance(size, int) and size != got for size, got in zip(shape, value.shape, strict=True)
+    ):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    return value
+
+
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Check a host integer in [minimum, maximum]; raises TypeError or ValueError."""
+    bounds = f"an int in [{minimum}, {maximum}]" if maximum is not None else f"an int >= {minimum}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {bounds}, got {describe(value)}")
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return value
+
+
+def check_probability(name: str, value: object) -> float:
+    """Check a dropout probability in [0, 1); raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number in [0, 1), got {describe(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    return float(value)
+
+
+def check_binary(name: str, mask: Tensor, *, force: bool = False) -> None:
+    """Check that a mask holds only 0 and 1.
+
+    A CPU tensor is always checked. A device tensor is checked only with `force`, since looking at its values
+    costs a synchronisation.
+
+    Raises:
+        ValueError: another value was found; the message names it.
+    """
+    if mask.dtype == torch.bool or not (force or mask.device.type == "cpu"):
+        return
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        raise ValueError(f"{name}: expected only 0 and 1, got {wrong[0].item()}")
