@@ -138,20 +138,29 @@ class DenseRows:
     """The rows of a layout as a rectangle [S, L], L = Q + the segments' max_length: how dense code sees it.
 
     Attributes:
-        index: int64 [S, L], row number in the buffer; 0 where there is none.
+        place: int64 [rows], the flat place of each row in the rectangle [S * L].
         exists: bool [S, L], False where a sample has no row.
         real: bool [S, L], True for queries and for real text tokens: the rows that may be attended to.
-        ordinal: int64 [S, L], place of the row among its sample's real tokens.
+        ordinal: int64 [S, L], place of the row among its sample's real tokens; 0 where there is no row.
         segment: int64 [L], -1 for queries, else the number of the text segment.
         row_keys: int32 [S, L], 0 where there is no row.
     """
 
-    index: Tensor
+    place: Tensor
     exists: Tensor
     real: Tensor
     ordinal: Tensor
     segment: Tensor
     row_keys: Tensor
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows [rows, ...] laid out as [S, L, ...]; 0 where there is no row."""
+        dense = rows.new_zeros(self.exists.numel(), *rows.shape[1:]).index_copy(0, self.place, rows)
+        return dense.unflatten(0, self.exists.shape)
+
+    def collect(self, dense: Tensor) -> Tensor:
+        """The inverse: [S, L, ...] back to rows [rows, ...]."""
+        return dense.flatten(0, 1).index_select(0, self.place)
 
 
 @dataclass(frozen=True)
@@ -328,24 +337,28 @@ class TokenLayout:
 
     def dense(self) -> DenseRows:
         """The rows as a rectangle [S, L]: the form of the reference and of plots."""
+        width = self.num_queries + sum(text.max_length for text in self.texts)
         samples = torch.arange(self.samples, device=self.device)[:, None]
-        places = torch.arange(self.num_queries, device=self.device).expand(self.samples, -1)
-        index = [samples * self.num_queries + places]
-        exists = [torch.ones_like(places, dtype=torch.bool)]
-        real = [exists[0]]
+        every = torch.ones(self.samples, self.num_queries, dtype=torch.bool, device=self.device)
+        place = [(samples * width + torch.arange(self.num_queries, device=self.device)).flatten()]
+        exists, real = [every], [every]
         segment = [torch.full((self.num_queries,), -1, device=self.device)]
+        column = self.num_queries
         for i, text in enumerate(self.texts):
-            places = torch.arange(text.max_length, device=self.device).expand(self.samples, -1)
             offsets = text.offsets.long()
-            exists.append(places < (offsets[1:] - offsets[:-1])[:, None])
+            sample = text.source // max(text.width, 1)
+            within = torch.arange(text.rows, device=self.device) - offsets[sample]
+            place.append(sample * width + column + within)
+            places = torch.arange(text.max_length, device=self.device)
+            exists.append(places < offsets.diff()[:, None])
             real.append(places < text.lengths[:, None])
-            index.append(self.text_start(i) + offsets[:-1, None] + places)
             segment.append(torch.full((text.max_length,), i, device=self.device))
-        present = torch.cat(exists, 1)
-        rows = torch.cat(index, 1).masked_fill(~present, 0)
-        names = self.row_keys[rows].masked_fill(~present, 0) if self.rows else rows.to(torch.int32)
+            column += text.max_length
+        flat = torch.cat(place)
+        names = torch.zeros(self.samples * width, dtype=torch.int32, device=self.device)
+        names = names.index_copy(0, flat, self.row_keys).unflatten(0, (self.samples, width))
         ordinal = names.long() % MAX_ORDINALS
-        return DenseRows(rows, present, torch.cat(real, 1), ordinal, torch.cat(segment), names)
+        return DenseRows(flat, torch.cat(exists, 1), torch.cat(real, 1), ordinal, torch.cat(segment), names)
 
 
 def _check_names(samples: int, num_queries: int, first_sample: int) -> None:

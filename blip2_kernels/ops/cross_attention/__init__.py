@@ -1,0 +1,1 @@
+"""Cross-attention of query tokens to image tokens."""

@@ -1,0 +1,111 @@
+"""`cross_attention`: what it means, what it refuses, which backend runs it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...checks import check_binary, check_tensor, describe
+from ...layout import MASK_DTYPES, padded_row_keys
+from ..backends import choose_backend
+from ..dense_attention import check_dropout, check_projections, check_scale
+from . import sdpa
+from .reference import cross_attention_reference
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    image_index: Tensor | None = None,
+    image_lengths: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    row_keys: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_key: Tensor | None = None,
+    layer: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Attention of query tokens to image tokens (BLIP-2, section 3.1).
+
+    Args:
+        q: [S, Q, heads, head_dim], fp16, bf16, fp32 or fp64; may be a strided view.
+        k, v: [images, tokens, heads, head_dim], same dtype and device; any strides.
+        image_index: int32 [S], the image each sample looks at; default sample s looks at image s. Several samples
+            may share an image, and an image nobody looks at gets a zero gradient.
+        image_lengths: int32 [images], visible tokens of each image, from the first; default all.
+        image_mask: 0/1 [images, tokens] instead of lengths, for any pattern.
+        row_keys: int32 [S, Q], names of the query rows in the dropout counters; default those of samples 0 … S - 1.
+        dropout: probability in [0, 1) of dropping an attention probability, by the Philox contract of
+            `blip2_kernels.ops.philox` (an image token goes by its ordinal).
+        dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
+        layer: number of the layer, part of the dropout counter.
+        scale: factor of the scores; default head_dim ** -0.5.
+        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend that
+            cannot serve raises.
+        validate: check the values of device tensors too, at the price of a synchronisation. CPU tensors are
+            always checked.
+
+    Returns:
+        [S, Q, heads, head_dim] in q's dtype; 0 with zero gradient where an image has no visible token.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message, before
+            anything is computed.
+    """
+    check_projections(q, k, v, ["S", "Q"], ["images", "tokens"])
+    samples, queries = q.shape[:2]
+    images, tokens = k.shape[:2]
+    _check_image_index(image_index, samples, images, q.device, validate)
+    visible = _visible(image_lengths, image_mask, images, tokens, q.device, validate)
+    if row_keys is not None:
+        check_tensor("row_keys", row_keys, [samples, queries], [torch.int32], q.device)
+    check_dropout(dropout, dropout_key, layer)
+    scale = check_scale(scale, q.shape[-1])
+    chosen = choose_backend(backend, {"torch": partial(sdpa.supports, dropout), "reference": lambda: None})
+    if chosen == "torch":
+        return sdpa.cross_attention_sdpa(q, k, v, image_index, visible, scale=scale)
+    if row_keys is None:
+        row_keys = padded_row_keys(samples, queries, device=q.device)
+    if image_index is None:
+        image_index = torch.arange(samples, dtype=torch.int32, device=q.device)
+    options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
+    return cross_attention_reference(q, k, v, image_index, visible, row_keys, **options)
+
+
+def _check_image_index(index: object, samples: int, images: int, device: torch.device, validate: bool) -> None:
+    if index is None:
+        if images != samples:
+            raise ValueError(f"image_index: expected int32 [{samples}] where {samples} samples meet {images} images, got None")
+        return
+    expected = f"int32 [{samples}] with values in [0, {images})"
+    if not isinstance(index, Tensor) or index.dtype != torch.int32:
+        raise TypeError(f"image_index: expected {expected}, got {describe(index)}")
+    check_tensor("image_index", index, [samples], [torch.int32], device)
+    if (validate or index.device.type == "cpu") and samples:
+        low, high = index.aminmax()
+        if low < 0 or high >= images:
+            raise ValueError(f"image_index: expected {expected}, got values in [{low}, {high}]")
+
+
+def _visible(
+    lengths: object, mask: object, images: int, tokens: int, device: torch.device, validate: bool
+) -> Tensor | None:
+    """The image tokens that may be attended to, bool [images, tokens], or None for all."""
+    if lengths is not None and mask is not None:
+        raise ValueError("image_mask: expected None beside image_lengths, got both")
+    if mask is not None:
+        checked = check_tensor("image_mask", mask, [images, tokens], MASK_DTYPES, device)
+        check_binary("image_mask", checked, force=validate)
+        return checked != 0
+    if lengths is None:
+        return None
+    checked = check_tensor("image_lengths", lengths, [images], [torch.int32], device)
+    if (validate or checked.device.type == "cpu") and images:
+        low, high = checked.aminmax()
+        if low < 0 or high > tokens:
+            raise ValueError(f"image_lengths: expected values in [0, {tokens}], got values in [{low}, {high}]")
+    return torch.arange(tokens, device=device) < checked[:, None]

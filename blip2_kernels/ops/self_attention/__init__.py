@@ -1,0 +1,1 @@
+"""Masked self-attention of queries and packed texts."""

@@ -1,0 +1,81 @@
+"""`self_attention`: what it means, what it refuses, which backend runs it."""
+
+from functools import partial
+
+from torch import Tensor
+
+from ...checks import describe
+from ...layout import TokenLayout
+from ...mask import AttentionMask
+from ..backends import choose_backend
+from ..dense_attention import check_dropout, check_projections, check_scale
+from . import sdpa
+from .reference import self_attention_reference
+
+
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_layout: TokenLayout,
+    kv_layout: TokenLayout,
+    mask: AttentionMask,
+    *,
+    dropout: float = 0.0,
+    dropout_key: Tensor | None = None,
+    layer: int = 0,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Masked self-attention over query and text rows (BLIP-2, section 3.1 and figure 2).
+
+    Args:
+        q: [q_layout.rows, heads, head_dim], fp16, bf16, fp32 or fp64; may be a strided view.
+        k, v: [kv_layout.rows, heads, head_dim], same dtype and device.
+        q_layout: where the attending rows lie. They are a subset of the key side's rows, known by their row
+            keys: the same layout, or what `kv_layout.select(...)` keeps of it (dead rows, cached decoding).
+        kv_layout: where the rows attended to lie; the same samples and number of text segments.
+        mask: one mode a text segment.
+        dropout: probability in [0, 1) of dropping an attention probability, by the Philox contract of
+            `blip2_kernels.ops.philox`.
+        dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
+        layer: number of the layer, part of the dropout counter.
+        scale: factor of the scores; default head_dim ** -0.5.
+        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend that
+            cannot serve raises.
+
+    Returns:
+        [q_layout.rows, heads, head_dim] in q's dtype. A row that may attend to nothing gives 0 with zero gradient.
+        Padding rows of a padded layout attend as a real row in their place would.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message, before
+            anything is computed.
+    """
+    check_projections(q, k, v, ["rows"], ["rows"])
+    _check_layouts(q, k, q_layout, kv_layout, mask)
+    check_dropout(dropout, dropout_key, layer)
+    scale = check_scale(scale, q.shape[-1])
+    chosen = choose_backend(backend, {"torch": partial(sdpa.supports, dropout), "reference": lambda: None})
+    if chosen == "torch":
+        return sdpa.self_attention_sdpa(q, k, v, q_layout, kv_layout, mask, scale=scale)
+    options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
+    return self_attention_reference(q, k, v, q_layout, kv_layout, mask, **options)
+
+
+def _check_layouts(q: Tensor, k: Tensor, q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> None:
+    if not isinstance(mask, AttentionMask):
+        raise TypeError(f"mask: expected an AttentionMask, got {describe(mask)}")
+    for name, layout, argument, tensor in (("q_layout", q_layout, "q", q), ("kv_layout", kv_layout, "k", k)):
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"{name}: expected a TokenLayout, got {describe(layout)}")
+        mask.check(layout, name)
+        if layout.rows != tensor.shape[0]:
+            raise ValueError(f"{argument}: expected {layout.rows} rows, as {name} has, got {tensor.shape[0]}")
+        if layout.device != tensor.device:
+            raise ValueError(f"{name}: expected a layout on {tensor.device}, got one on {layout.device}")
+    if q_layout.samples != kv_layout.samples:
+        raise ValueError(f"kv_layout: expected {q_layout.samples} samples, as q_layout has, got {kv_layout.samples}")
+    if q_layout.num_queries not in (0, kv_layout.num_queries):
+        expected = f"0 or {kv_layout.num_queries} queries a sample, as kv_layout has"
+        raise ValueError(f"q_layout: expected {expected}, got {q_layout.num_queries}")

@@ -1,0 +1,82 @@
+"""Backend `torch`: the mask's structure as one, two or three calls of scaled_dot_product_attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...layout import TokenLayout
+from ...mask import AttentionMask, MaskMode
+
+QUERIES = -1
+
+
+def supports(dropout: float) -> str | None:
+    """None where SDPA can serve, else the reason."""
+    if dropout > 0:
+        return "scaled_dot_product_attention cannot take the Philox dropout mask"
+    return None
+
+
+def attention_blocks(mask: AttentionMask) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Which parts of the rows attend to which parts of the keys: (rows, keys), -1 for queries, i for text i."""
+    if mask.modes == (MaskMode.BIDIRECTIONAL,):
+        return [((QUERIES, 0), (QUERIES, 0))]
+    blocks: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((QUERIES,), (QUERIES,))]
+    for i, mode in enumerate(mask.modes):
+        blocks.append(((i,), (i,) if mode == MaskMode.UNIMODAL else (QUERIES, i)))
+    return blocks
+
+
+def self_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_layout: TokenLayout,
+    kv_layout: TokenLayout,
+    mask: AttentionMask,
+    *,
+    scale: float,
+) -> Tensor:
+    """See `self_attention`; dropout is not served."""
+    if not kv_layout.texts and not q_layout.texts:
+        shape = (q_layout.samples, -1, *q.shape[1:])
+        split = (t.unflatten(0, shape[:2]).transpose(1, 2) if t.numel() else None for t in (q, k, v))
+        query, key, value = split
+        if query is None or key is None:
+            return torch.zeros_like(q)
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(0, 1)
+
+    q_rows, kv_rows = q_layout.dense(), kv_layout.dense()
+    query, key, value = q_rows.spread(q), kv_rows.spread(k), kv_rows.spread(v)
+    if kv_layout.padded:
+        padding = ~kv_rows.real[:, :, None, None]
+        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    allowed = mask.dense(q_layout, kv_layout)[:, None]
+    outputs = []
+    for rows, keys in attention_blocks(mask):
+        row_part, key_part = _columns(q_layout, rows), _columns(kv_layout, keys)
+        block = _take(_take(allowed, row_part, 2), key_part, 3)
+        sides = (_take(t, part, 1).transpose(1, 2) for t, part in ((query, row_part), (key, key_part), (value, key_part)))
+        outputs.append(_attend(*sides, block, scale).transpose(1, 2))
+    return q_rows.collect(torch.cat(outputs, dim=1))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    if query.numel() == 0 or key.numel() == 0:
+        return torch.zeros_like(query)
+    # Looking at the values is free on the CPU only; there, dropping a mask that hides nothing is a faster kernel.
+    full = allowed.device.type == "cpu" and bool(allowed.all())
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if full else allowed, scale=scale)
+
+
+def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(start, size) of each part among the rectangle's columns."""
+    sizes = [layout.num_queries, *(text.max_length for text in layout.texts)]
+    return [(sum(sizes[: part + 1]), sizes[part + 1]) for part in parts]
+
+
+def _take(t: Tensor, parts: list[tuple[int, int]], dim: int) -> Tensor:
+    """The columns of the parts, as a view where they are neighbours."""
+    if all(a[0] + a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False)):
+        return t.narrow(dim, parts[0][0], sum(size for _, size in parts))
+    return torch.cat([t.narrow(dim, start, size) for start, size in parts], dim)
