@@ -1,0 +1,504 @@
+"""The Querying Transformer (Q-Former) of BLIP-2 and InstructBLIP (BLIP-2 paper, section 3.1).
+
+`QFormerModel` takes transformers' configurations and state dicts. `use_fused=False` is the readable path:
+dense masks, one module after the other (`qformer_layers.py`). `use_fused=True` hands the same parameters to
+`blip2_kernels.encoder.FusedEncoder`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+from transformers.utils import ModelOutput
+
+from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, TokenLayout, padded_row_keys
+from blip2_kernels.mask import AttentionMask, MaskMode
+from blip2_kernels.ops.philox import Site, draw_key
+
+from .qformer_layers import DropoutContext, QFormerCache, QFormerEncoder, drop_hidden
+from .qformer_text import FLOATING, LMHead, NormalizedTextEmbeddings, TextEmbeddings
+
+__all__ = [
+    "LMHead",
+    "MaskMode",
+    "QFormerCache",
+    "QFormerModel",
+    "QFormerOutput",
+    "TextEmbeddings",
+    "copy_text_feed_forward_to_query",
+    "dense_attention_mask",
+    "init_bert_weights",
+]
+
+INSTRUCT_MODEL_TYPES = ("instructblip_qformer", "instructblipvideo_qformer")
+
+
+@dataclass
+class QFormerOutput(ModelOutput):
+    """What `QFormerModel.forward` returns.
+
+    Attributes:
+        last_hidden_state: [B, L, C], query rows first, then text rows.
+        pooler_output: [B, C], the first row.
+        past_key_values: the cache, if `use_cache` or one was given.
+        hidden_states: with `output_hidden_states`, layers + 1 tensors [B, L, C], the embeddings first.
+        attentions: with `output_attentions`, a tensor [B, heads, L, past + L] a layer.
+        cross_attentions: with `output_attentions`, a tensor [B, heads, Q, N] a layer with cross-attention.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    past_key_values: QFormerCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+def init_bert_weights(module: nn.Module, initializer_range: float = 0.02) -> None:
+    """Initialise as BERT: linear layers and embeddings N(0, range), biases 0, LayerNorm 1 and 0, padding row
+    0.
+
+    Args:
+        module: changed in place with everything in it.
+        initializer_range: standard deviation.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=initializer_range)
+        if isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+        if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx].zero_()
+
+
+@torch.no_grad()
+def copy_text_feed_forward_to_query(qformer: "QFormerModel") -> None:
+    """Start the query feed-forward networks from the text ones, as LAVIS does after loading BERT.
+
+    Raises:
+        ValueError: the Q-Former has no text feed-forward networks.
+    """
+    if not qformer.has_text:
+        raise ValueError(
+            "qformer: expected text feed-forward networks, got a config with use_qformer_text_input=False"
+        )
+    for layer in qformer.encoder.layer:
+        layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
+        layer.output_query.load_state_dict(layer.output.state_dict())
+
+
+class QFormerModel(nn.Module):
+    """Q-Former of BLIP-2 (`Blip2QFormerConfig`) or InstructBLIP (`InstructBlipQFormerConfig`).
+
+    State dicts of transformers' `Blip2QFormerModel` and `InstructBlipQFormerModel` load with no renaming.
+    With a `Blip2QFormerConfig` the text embeddings live outside (`TextEmbeddings`) and the text feed-forward
+    networks exist only if `use_qformer_text_input`; with an `InstructBlipQFormerConfig` both are inside.
+
+    Args:
+        config: transformers' configuration.
+        use_fused: run through `blip2_kernels.encoder.FusedEncoder`; may be changed at any time. These still
+            take the plain layers: a key/value cache, attention maps or hidden states asked for, a mask of
+            three or four dimensions, a mask that hides queries.
+
+    Raises:
+        TypeError: another configuration.
+        ValueError: hidden_size is no multiple of num_attention_heads.
+    """
+
+    def __init__(
+        self, config: Blip2QFormerConfig | InstructBlipQFormerConfig, use_fused: bool = False
+    ) -> None:
+        super().__init__()
+        self.is_instruct = getattr(config, "model_type", None) in INSTRUCT_MODEL_TYPES
+        if not (self.is_instruct or isinstance(config, Blip2QFormerConfig)):
+            raise TypeError(
+                f"config: expected Blip2QFormerConfig or InstructBlipQFormerConfig, got {describe(config)}"
+            )
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                "config: expected hidden_size to be a multiple of num_attention_heads, got "
+                f"{config.hidden_size} and {config.num_attention_heads}"
+            )
+        self.config = config
+        self.use_fused = use_fused
+        self.has_text = self.is_instruct or config.use_qformer_text_input
+        if self.is_instruct:
+            self.embeddings = NormalizedTextEmbeddings(config)
+        else:
+            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = QFormerEncoder(config, self.has_text)
+        init_bert_weights(self, config.initializer_range)
+
+    @property
+    def embedding_layernorm(self) -> nn.LayerNorm:
+        """The LayerNorm that queries and embedded text pass first."""
+        return self.embeddings.layernorm if self.is_instruct else self.layernorm
+
+    @property
+    def embedding_dropout(self) -> nn.Dropout:
+        """The dropout behind it."""
+        return self.embeddings.dropout if self.is_instruct else self.dropout
+
+    @property
+    def fused_encoder(self) -> Any:
+        """The `FusedEncoder` that reads this module's parameters, made on first use."""
+        if "_fused_encoder" not in self.__dict__:
+            from blip2_kernels.encoder import FusedEncoder
+
+            # Past nn.Module.__setattr__: the encoder refers back to this module and must not become its
+            # child.
+            self.__dict__["_fused_encoder"] = FusedEncoder(self)
+        return self.__dict__["_fused_encoder"]
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward pass now would apply dropout."""
+        config = self.config
+        return self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
+
+    def forward(
+        self,
+        query_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        query_length: int | None = None,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        mask: MaskMode = MaskMode.BIDIRECTIONAL,
+        past_key_values: QFormerCache | None = None,
+        use_cache: bool = False,
+        row_keys: Tensor | None = None,
+        dropout_key: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> QFormerOutput:
+        """Run the Q-Former on queries, text, or both.
+
+        L is the number of rows of this call, Q of which are queries; P the rows in `past_key_values`.
+        Floating inputs are cast to the parameters' dtype, as transformers does.
+
+        Args:
+            query_embeds: [B, L, C]. With a `Blip2QFormerConfig` it holds the queries and behind them the
+                embedded text (`TextEmbeddings`); with an `InstructBlipQFormerConfig` the queries only. A
+                batch of one is expanded to the images' batch.
+            attention_mask: 0/1, default all 1. [B, P + L] says which rows may be attended to; [B, L, P + L]
+                or [B, 1 or heads, L, P + L] says it for each row. It only ever narrows `mask`.
+            encoder_hidden_states: [B or 1, N, encoder_hidden_size], image features. Needed if Q > 0.
+            encoder_attention_mask: 0/1 [B or 1, N], which image tokens may be attended to; default all.
+            query_length: Q; default all of `query_embeds`, or 0 with a filled cache. 0 is a text-only pass.
+            input_ids: [B, T], `InstructBlipQFormerConfig` only.
+            position_ids: [B or 1, T], with `input_ids` only; default counts from the text's first token.
+            mask: which of the paper's masks joins queries and text.
+            past_key_values: cache of earlier rows, extended in place. A filled one takes more text under
+                MULTIMODAL_CAUSAL, the only mask under which no earlier row would have seen it.
+            use_cache: return the keys and values of this pass too.
+            row_keys: int32 [B, P + L], logical names of the rows for dropout; default `padded_row_keys`.
+            dropout_key: int64 [], Philox key; default a fresh one from torch's generator.
+            output_attentions, output_hidden_states: return these too.
+
+        Returns:
+            `QFormerOutput`. A row that may attend to nothing gets 0 from that attention. Padding rows hold
+            what a row in their place would; nothing reads them. Under MULTIMODAL_CAUSAL with left or
+            scattered padding they may differ between the plain and the fused path.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
+        """
+        hidden, query_length = self._embed(
+            query_embeds, input_ids, position_ids, query_length, past_key_values
+        )
+        image, image_mask = self._check_image(encoder_hidden_states, encoder_attention_mask, query_length)
+        hidden, image, image_mask = _same_batch(hidden, image, image_mask)
+        batch, length, _ = hidden.shape
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if not isinstance(mask, MaskMode):
+            raise TypeError(f"mask: expected a MaskMode, got {describe(mask)}")
+        if past and (query_length or mask != MaskMode.MULTIMODAL_CAUSAL):
+            raise ValueError(
+                "past_key_values: expected text rows only (query_length=0) under MULTIMODAL_CAUSAL behind a "
+                f"filled cache, got query_length={query_length} under {mask.name}"
+            )
+        num_queries = past_key_values.num_queries if past else query_length
+        heads = self.config.num_attention_heads
+        attention_mask = _check_attention_mask(attention_mask, batch, heads, length, past + length)
+        text_mask = _text_mask(attention_mask, batch, num_queries, past + length, hidden.device)
+
+        if self.drops or row_keys is not None:
+            if row_keys is None:
+                stream = CAPTION_STREAM if mask == MaskMode.MULTIMODAL_CAUSAL else TEXT_STREAM
+                row_keys = padded_row_keys(
+                    batch, num_queries, text_mask, text_stream=stream, device=hidden.device
+                )
+            check_tensor("row_keys", row_keys, [batch, past + length], [torch.int32], hidden.device)
+        if self.drops and dropout_key is None:
+            dropout_key = draw_key(hidden.device)
+
+        plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
+        if self.use_fused and not plain and _hides_text_only(attention_mask, query_length):
+            out = self._forward_fused(
+                hidden, text_mask, query_length, image, image_mask, mask, row_keys, dropout_key
+            )
+            return QFormerOutput(last_hidden_state=out, pooler_output=out[:, 0])
+
+        if use_cache and past_key_values is None:
+            past_key_values = QFormerCache()
+        if past_key_values is not None and not past:
+            past_key_values.num_queries = query_length
+        dropout = None
+        if self.drops:
+            image_keys = None
+            if image is not None:
+                image_keys = torch.arange(image.shape[1], dtype=torch.int32, device=hidden.device)
+            dropout = DropoutContext(dropout_key, row_keys[:, past:], row_keys, image_keys)
+        allowed = dense_attention_mask(mask, num_queries, past, length, hidden.device)
+        if attention_mask is not None:
+            allowed = allowed & _to_four_dimensions(attention_mask)
+        image_allowed = None if image_mask is None else image_mask[:, None, None, :]
+
+        hidden = self.embedding_layernorm(hidden)
+        hidden = drop_hidden(hidden, self.embedding_dropout, dropout, 0, Site.EMBEDDINGS)
+        states, attentions, cross_attentions = [hidden], [], []
+        for layer in self.encoder.layer:
+            hidden, self_probs, cross_probs = layer(
+                hidden, allowed, query_length, image, image_allowed, past_key_values, dropout
+            )
+            states.append(hidden)
+            attentions.append(self_probs)
+            if cross_probs is not None:
+                cross_attentions.append(cross_probs)
+        return QFormerOutput(
+            last_hidden_state=hidden,
+            pooler_output=hidden[:, 0],
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+        )
+
+    def _forward_fused(
+        self,
+        hidden: Tensor,
+        text_mask: Tensor | None,
+        query_length: int,
+        image: Tensor | None,
+        image_mask: Tensor | None,
+        mask: MaskMode,
+        row_keys: Tensor | None,
+        dropout_key: Tensor | None,
+    ) -> Tensor:
+        """The same through the fused encoder, padded rows kept: [B, L, C]."""
+        batch = hidden.shape[0]
+        has_text = hidden.shape[1] > query_length
+        stream = CAPTION_STREAM if mask == MaskMode.MULTIMODAL_CAUSAL else TEXT_STREAM
+        layout = TokenLayout.from_attention_masks(
+            query_length,
+            [text_mask] if has_text else (),
+            samples=batch,
+            padded=True,
+            text_streams=[stream] if has_text else None,
+            device=hidden.device,
+        )
+        queries, texts = hidden[:, :query_length], [hidden[:, query_length:]] if has_text else []
+        if row_keys is not None:
+            names = layout.pack(
+                row_keys[:, :query_length, None], [row_keys[:, query_length:, None]] if has_text else []
+            )
+            layout = dataclasses.replace(layout, row_keys=names[:, 0])
+        rows = layout.pack(queries, texts)
+        encoder = self.fused_encoder
+        images = image_index = None
+        if query_length:
+            images = encoder.project_images(image, mask=image_mask)
+            image_index = torch.arange(batch, dtype=torch.int32, device=hidden.device)
+        modes = AttentionMask((mask,) if has_text else ())
+        rows = encoder(rows, layout, modes, images, image_index, dropout_key=dropout_key)
+        out = [layout.unpack_queries(rows)] if query_length else []
+        if has_text:
+            out.append(layout.unpack_text(rows))
+        return torch.cat(out, dim=1)
+
+    def _embed(
+        self,
+        query_embeds: Tensor | None,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        query_length: int | None,
+        past_key_values: QFormerCache | None,
+    ) -> tuple[Tensor, int]:
+        """Check the rows of a call; return them before the first LayerNorm, [B, L, C], and Q."""
+        if past_key_values is not None and not isinstance(past_key_values, QFormerCache):
+            raise TypeError(f"past_key_values: expected a QFormerCache, got {describe(past_key_values)}")
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        width, dtype = self.config.hidden_size, self.embedding_layernorm.weight.dtype
+        if query_embeds is None and input_ids is None:
+            raise ValueError("query_embeds: expected query_embeds or input_ids, got neither")
+        if query_embeds is not None:
+            check_tensor("query_embeds", query_embeds, ["batch", "rows", width], FLOATING)
+        rows = query_embeds.shape[1] if query_embeds is not None else 0
+        if query_length is not None:
+            check_int("query_length", query_length, 0, rows)
+        if self.is_instruct:
+            if query_length not in (None, rows):
+                raise ValueError(f"query_length: expected {rows}, all of query_embeds, got {query_length}")
+            query_length = rows
+            if position_ids is not None and input_ids is None:
+                raise ValueError("position_ids: expected input_ids beside it, got None")
+            if input_ids is not None:
+                before = past - past_key_values.num_queries if past else 0
+                text = self.embeddings.embed(input_ids, position_ids, before).to(dtype)
+                if query_embeds is None:
+                    return text, 0
+                if query_embeds.shape[0] != text.shape[0]:
+                    raise ValueError(
+                        f"query_embeds: expected [{text.shape[0]}, queries, {width}] as input_ids, got "
+                        f"{describe(query_embeds)}"
+                    )
+                return torch.cat([query_embeds.to(dtype), text], dim=1), query_length
+        else:
+            for name, value in (("input_ids", input_ids), ("position_ids", position_ids)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: expected None, since this Q-Former takes its text embedded, in query_embeds "
+                        f"(TextEmbeddings), got {describe(value)}"
+                    )
+            if query_length is None:
+                query_length = 0 if past else rows
+            if query_length < rows and not self.has_text:
+                raise ValueError(
+                    f"query_length: expected {rows}, since the config has use_qformer_text_input=False, got "
+                    f"{query_length}"
+                )
+        if rows == 0 or query_embeds.shape[0] == 0:
+            raise ValueError(
+                f"query_embeds: expected at least one row of one sample, got {describe(query_embeds)}"
+            )
+        return query_embeds.to(dtype), query_length
+
+    def _check_image(
+        self, features: Tensor | None, mask: Tensor | None, query_length: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Check image features and their mask; both None in a text-only pass, which never looks at them."""
+        if features is not None:
+            check_tensor(
+                "encoder_hidden_states",
+                features,
+                ["batch", "tokens", self.config.encoder_hidden_size],
+                FLOATING,
+            )
+        if mask is not None:
+            if features is None:
+                raise ValueError("encoder_attention_mask: expected encoder_hidden_states beside it, got None")
+            check_tensor("encoder_attention_mask", mask, ["batch", features.shape[1]], MASK_DTYPES)
+            if mask.shape[0] not in (1, features.shape[0]):
+                raise ValueError(
+                    f"encoder_attention_mask: expected [{features.shape[0]}, {features.shape[1]}], got "
+                    f"{list(mask.shape)}"
+                )
+            _check_binary("encoder_attention_mask", mask)
+        if query_length == 0:
+            return None, None
+        if features is None:
+            raise ValueError(
+                "encoder_hidden_states: expected image features for the queries to read, got None"
+            )
+        features = features.to(self.embedding_layernorm.weight.dtype)
+        return features, None if mask is None else mask != 0
+
+
+def dense_attention_mask(
+    mode: MaskMode, num_queries: int, past: int, length: int, device: torch.device | str | None = None
+) -> Tensor:
+    """One of the paper's three self-attention masks (figure 2), spelled out.
+
+    Args:
+        mode: which.
+        num_queries: query rows at the front, cached ones included.
+        past: cached rows.
+        length: rows of this pass.
+        device: where to make it.
+
+    Returns:
+        bool [1, 1, length, past + length], True where the row may attend.
+    """
+    to = torch.arange(past + length, device=device)[None, :]
+    row = torch.arange(past, past + length, device=device)[:, None]
+    from_text, to_text = row >= num_queries, to >= num_queries
+    if mode == MaskMode.UNIMODAL:
+        allowed = from_text == to_text
+    elif mode == MaskMode.MULTIMODAL_CAUSAL:
+        allowed = ~to_text | (from_text & (to <= row))
+    else:
+        allowed = (to >= 0) & (row >= 0)
+    return allowed[None, None]
+
+
+def _check_binary(name: str, mask: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        check_binary(name, mask)
+
+
+def _same_batch(
+    hidden: Tensor, image: Tensor | None, image_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Expand a batch of one, of rows or of images, to the other's size."""
+    if image is None:
+        return hidden, None, None
+    batch = max(hidden.shape[0], image.shape[0])
+    if hidden.shape[0] not in (1, batch) or image.shape[0] not in (1, batch):
+        raise ValueError(
+            f"encoder_hidden_states: expected {hidden.shape[0]} images, one a sample, or 1, got "
+            f"{image.shape[0]}"
+        )
+    image_mask = None if image_mask is None else image_mask.expand(batch, -1)
+    return hidden.expand(batch, -1, -1), image.expand(batch, -1, -1), image_mask
+
+
+def _check_attention_mask(mask: Tensor | None, batch: int, heads: int, rows: int, keys: int) -> Tensor | None:
+    """Check an attention mask of two to four dimensions; return it as bool."""
+    if mask is None:
+        return None
+    shapes = {
+        2: [batch, keys],
+        3: [batch, rows, keys],
+        4: [batch, mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 4 else heads, rows, keys],
+    }
+    dims = mask.dim() if isinstance(mask, Tensor) else 2
+    check_tensor("attention_mask", mask, shapes.get(dims, shapes[2]), MASK_DTYPES)
+    if dims == 4 and mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"attention_mask: expected [{batch}, 1 or {heads}, {rows}, {keys}], got {list(mask.shape)}"
+        )
+    _check_binary("attention_mask", mask)
+    return mask != 0
+
+
+def _to_four_dimensions(mask: Tensor) -> Tensor:
+    return {2: lambda m: m[:, None, None, :], 3: lambda m: m[:, None], 4: lambda m: m}[mask.dim()](mask)
+
+
+def _text_mask(
+    mask: Tensor | None, batch: int, num_queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Which text rows are real, bool [B, keys - num_queries]; None without text."""
+    if keys == num_queries:
+        return None
+    if mask is not None and mask.dim() == 2:
+        return mask[:, num_queries:]
+    return torch.ones(batch, keys - num_queries, dtype=torch.bool, device=device)
+
+
+def _hides_text_only(mask: Tensor | None, num_queries: int) -> bool:
+    """Whether the mask is one a layout can express: two dimensions, no query hidden."""
+    if mask is None:
+        return True
+    return mask.dim() == 2 and (num_queries == 0 or bool(mask[:, :num_queries].all()))

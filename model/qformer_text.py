@@ -1,0 +1,135 @@
+"""What surrounds the Q-Former where it reads and writes text: embeddings and language-modelling head."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+from transformers.activations import ACT2FN
+
+from blip2_kernels.checks import check_tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TOKEN_IDS = (torch.int64, torch.int32)
+
+
+class TextEmbeddings(nn.Module):
+    """Word plus position embeddings; parameters named as in transformers' `Blip2TextEmbeddings`.
+
+    Args:
+        config: needs vocab_size, hidden_size, max_position_embeddings, pad_token_id.
+    """
+
+    def __init__(self, config: Blip2QFormerConfig | InstructBlipQFormerConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None = None, past_length: int = 0) -> Tensor:
+        """Embed token ids.
+
+        Args:
+            input_ids: int64 or int32 [B, T], values in [0, vocab_size).
+            position_ids: integers [B, T] or [1, T]; default `past_length`, `past_length` + 1, …
+            past_length: text tokens that came before, when decoding step by step.
+
+        Returns:
+            [B, T, C].
+
+        Raises:
+            TypeError: ids that are not integers.
+            ValueError: a wrong shape, a text longer than the position table, (on the CPU) an id out of range.
+        """
+        check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
+        batch, length = input_ids.shape
+        positions = self.position_embeddings.num_embeddings
+        _check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
+        if position_ids is None:
+            if past_length + length > positions:
+                raise ValueError(
+                    f"input_ids: expected at most {positions} tokens (max_position_embeddings), got "
+                    f"{length} behind {past_length} earlier ones"
+                )
+            position_ids = torch.arange(past_length, past_length + length, device=input_ids.device)[None]
+        else:
+            check_tensor("position_ids", position_ids, ["batch", length], TOKEN_IDS)
+            if position_ids.shape[0] not in (1, batch):
+                raise ValueError(
+                    f"position_ids: expected [{batch} or 1, {length}], got {list(position_ids.shape)}"
+                )
+            _check_ids("position_ids", position_ids, positions)
+        return self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        query_embeds: Tensor | None = None,
+        past_length: int = 0,
+    ) -> Tensor:
+        """Embedded text [B, T, C], behind `query_embeds` [B, Q, C] if given: what `QFormerModel` takes.
+
+        Arguments and errors as `embed`. With `query_embeds` alone these come back as they are.
+        """
+        if input_ids is None:
+            if query_embeds is None:
+                raise ValueError("input_ids: expected input_ids or query_embeds, got neither")
+            return query_embeds
+        text = self.embed(input_ids, position_ids, past_length)
+        if query_embeds is None:
+            return text
+        check_tensor("query_embeds", query_embeds, [text.shape[0], "queries", text.shape[-1]], FLOATING)
+        return torch.cat([query_embeds.to(text.dtype), text], dim=1)
+
+
+class NormalizedTextEmbeddings(TextEmbeddings):
+    """Embeddings inside InstructBLIP's Q-Former: LayerNorm and dropout, which also see the queries, live
+    here."""
+
+    def __init__(self, config: InstructBlipQFormerConfig) -> None:
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+
+class LMHeadTransform(nn.Module):
+    """Linear layer, activation, LayerNorm in front of the decoder."""
+
+    def __init__(self, config: Blip2QFormerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = (
+            ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        )
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+
+
+class LMHead(nn.Module):
+    """BERT's language-modelling head, LAVIS's `cls.predictions`: `transform.dense`, `transform.LayerNorm`,
+    `bias`.
+
+    The decoder's weight is the word embedding. It is passed to `forward` instead of being registered a second
+    time, so that a state dict holds it once and nothing can untie it.
+    """
+
+    def __init__(self, config: Blip2QFormerConfig) -> None:
+        super().__init__()
+        self.transform = LMHeadTransform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor, word_embeddings: Tensor) -> Tensor:
+        """Logits [..., vocab] of hidden states [..., C]; `word_embeddings` is the weight [vocab, C]."""
+        return F.linear(self.transform(hidden_states), word_embeddings, self.bias)
+
+
+def _check_ids(name: str, ids: Tensor, size: int) -> None:
+    """On the CPU, where looking costs no synchronisation: all ids in [0, size)."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected values in [0, {size}), got {low if low < 0 else high}")
