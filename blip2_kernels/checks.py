@@ -10,7 +10,9 @@ def describe(value: object) -> str:
     """What came, in the words of an error message: dtype and shape of a tensor, type of anything else."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
+    return (
+        f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
+    )
 
 
 def check_tensor(

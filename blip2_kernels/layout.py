@@ -1,13 +1,13 @@
 """Where the query rows and the packed text rows of a batch lie in one buffer.
 
-The hidden states of a batch are ONE tensor `[rows, hidden]`: first the query rows (sample by sample), then the
-rows of each text segment, sample by sample, without padding:
+The hidden states of a batch are ONE tensor `[rows, hidden]`: first the query rows (sample by sample), then
+the rows of each text segment, sample by sample, without padding:
 
     | q q q q | q q q q | t t t | t t | c c c c | c c c |
       sample 0  sample 1   text 0   text 1 (segment 0) …(segment 1)
 
-so that projections are one matrix product over all rows and the two feed-forward networks of the Q-Former work
-on two contiguous slices.
+so that projections are one matrix product over all rows and the two feed-forward networks of the Q-Former
+work on two contiguous slices.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,15 @@ MAX_ORDINALS = 1 << ORDINAL_BITS
 MAX_SAMPLES = 1 << SAMPLE_BITS
 MAX_STREAMS = 4
 
-MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float16, torch.bfloat16)
+MASK_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)
 
 Selection = Literal["all", "first", "last", "none"]
 
@@ -117,8 +125,8 @@ class TextSegment:
 
     Attributes:
         offsets: int32 [S + 1].
-        lengths: int32 [S], real tokens of each sample; only these are attended to. In a padded layout the rows
-            of a sample go on behind them.
+        lengths: int32 [S], real tokens of each sample; only these are attended to. In a padded layout the
+            rows of a sample go on behind them.
         max_length: host int, the most rows any one sample has.
         rows: host int, rows in the segment.
         source: int64 [rows], the place of each row in the flattened padded batch [S * width].
@@ -219,7 +227,11 @@ class TokenLayout:
         if samples is None:
             samples = check_tensor("text_masks[0]", text_masks[0], ["samples", "tokens"]).shape[0]
         _check_names(samples, num_queries, first_sample)
-        streams = tuple(text_streams) if text_streams is not None else (TEXT_STREAM, CAPTION_STREAM)[: len(text_masks)]
+        streams = (
+            tuple(text_streams)
+            if text_streams is not None
+            else (TEXT_STREAM, CAPTION_STREAM)[: len(text_masks)]
+        )
         if len(streams) != len(text_masks):
             raise ValueError(f"text_streams: expected {len(text_masks)}, one a text mask, got {len(streams)}")
         if len(set(streams)) != len(streams) or any(not 0 < stream < MAX_STREAMS for stream in streams):
@@ -298,13 +310,15 @@ class TokenLayout:
         """Row numbers int64 [S] of each sample's first real token ([CLS]); every sample must have one."""
         return self.text_start(segment) + self.texts[segment].offsets[:-1].long()
 
-    def select(self, *, queries: bool = True, texts: Sequence[Selection] | None = None) -> tuple["TokenLayout", Tensor]:
+    def select(
+        self, *, queries: bool = True, texts: Sequence[Selection] | None = None
+    ) -> tuple["TokenLayout", Tensor]:
         """The layout of a subset of the rows: what the query side of an attention keeps of its key side.
 
         Args:
             queries: keep the query rows.
-            texts: for each segment "all", "none", or the "first" / "last" real row of each sample (no sample may
-                be empty then). Default all.
+            texts: for each segment "all", "none", or the "first" / "last" real row of each sample (no
+                sample may be empty then). Default all.
 
         Returns:
             The layout, and int64 [its rows]: their numbers in this layout's buffer.
@@ -333,7 +347,9 @@ class TokenLayout:
             segments.append(segment)
         index = torch.cat(kept)
         num_queries = self.num_queries if queries else 0
-        return TokenLayout(num_queries, self.samples, tuple(segments), self.row_keys[index], self.padded), index
+        return TokenLayout(
+            num_queries, self.samples, tuple(segments), self.row_keys[index], self.padded
+        ), index
 
     def dense(self) -> DenseRows:
         """The rows as a rectangle [S, L]: the form of the reference and of plots."""
@@ -381,7 +397,9 @@ def _text_segment(mask: Tensor, padded: bool) -> tuple[TextSegment, Tensor]:
     lengths = mask.sum(1, dtype=torch.int32)
     if padded:
         offsets = torch.arange(samples + 1, dtype=torch.int32, device=mask.device) * width
-        return TextSegment(offsets, lengths, width, samples * width, source.flatten(), width), places.flatten()
+        return TextSegment(
+            offsets, lengths, width, samples * width, source.flatten(), width
+        ), places.flatten()
     offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     # The one synchronisation of a layout built from a device mask: both sizes in one transfer.
     sizes = torch.stack([offsets[-1], lengths.max() if samples else offsets[-1]]).tolist()

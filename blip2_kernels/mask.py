@@ -2,18 +2,17 @@
 
 | mask              | query→query | query→text | text→query | text→text |
 |-------------------|-------------|------------|------------|-----------|
-| UNIMODAL          | full        | –          | –          | full      |
+| UNIMODAL          | full        | -          | -          | full      |
 | BIDIRECTIONAL     | full        | full       | full       | full      |
-| MULTIMODAL_CAUSAL | full        | –          | full       | causal    |
+| MULTIMODAL_CAUSAL | full        | -          | full       | causal    |
 
-A mask is structure, never a tensor, in every kernel; `AttentionMask.dense` spells it out for the reference and
-for plots.
+A mask is structure, never a tensor, in every kernel; `AttentionMask.dense` spells it out for the reference
+and for plots.
 """
 
 import enum
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .checks import describe
@@ -37,9 +36,9 @@ class AttentionMask:
 
     Attributes:
         modes: `()` for queries only, one mode for one text, or `(UNIMODAL, MULTIMODAL_CAUSAL)` for the
-            contrastive text and the caption side by side. Under both of these the queries see queries only, so
-            one pass serves both losses; any other pair is refused. Texts of different segments never see each
-            other.
+            contrastive text and the caption side by side. Under both of these the queries see queries only,
+            so one pass serves both losses; any other pair is refused. Texts of different segments never see
+            each other.
     """
 
     modes: tuple[MaskMode, ...] = ()
@@ -54,7 +53,9 @@ class AttentionMask:
     def check(self, layout: TokenLayout, name: str = "layout") -> None:
         """Raise ValueError unless `layout` has one text segment a mode."""
         if len(layout.texts) != len(self.modes):
-            raise ValueError(f"{name}: expected {len(self.modes)} text segments, one a mode, got {len(layout.texts)}")
+            raise ValueError(
+                f"{name}: expected {len(self.modes)} text segments, one a mode, got {len(layout.texts)}"
+            )
 
     def dense(self, q_layout: TokenLayout, kv_layout: TokenLayout | None = None) -> Tensor:
         """The mask as a table over the rectangles of two layouts (see `TokenLayout.dense`).

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale) v over dense tensors, the way a textbook writes it: what both references are made of."""
+"""softmax(q kᵀ · scale) v over dense tensors as a textbook writes it: what both references are made of."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,8 @@ def attend(
         dropout: applied to the probabilities.
 
     Returns:
-        [S, H, Lq, D] in q's dtype. Scores and sums are fp32 (fp64 for fp64 inputs), probabilities have q's dtype.
+        [S, H, Lq, D] in q's dtype. Scores and sums are fp32 (fp64 for fp64 inputs), probabilities have q's
+        dtype.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
@@ -40,8 +41,11 @@ def attend(
     return (probs.to(wide) @ v.to(wide)).to(q.dtype)
 
 
-def check_projections(q: object, k: object, v: object, lead: list[str | int], kv_lead: list[str | int]) -> None:
-    """Check q [*lead, heads, head_dim] and k, v [*kv_lead, heads, head_dim]: one dtype, device, head count and dim.
+def check_projections(
+    q: object, k: object, v: object, lead: list[str | int], kv_lead: list[str | int]
+) -> None:
+    """Check q [*lead, heads, head_dim] and k, v [*kv_lead, heads, head_dim]: one dtype, device, head count
+    and dim.
 
     Raises:
         TypeError: not tensors, not floating point, or mixed dtypes.
@@ -57,7 +61,7 @@ def check_projections(q: object, k: object, v: object, lead: list[str | int], kv
 
 
 def check_scale(scale: object, head_dim: int) -> float:
-    """The factor of the scores: `scale`, or head_dim ** -0.5 for None; raises for anything but a finite number."""
+    """The factor of the scores: `scale`, head_dim ** -0.5 for None; raises unless it is a finite number."""
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -72,6 +76,8 @@ def check_dropout(dropout: float, dropout_key: object, layer: object) -> None:
     check_probability("dropout", dropout)
     check_int("layer", layer, 0, (1 << 29) - 1)
     if dropout > 0 and dropout_key is None:
-        raise ValueError("dropout_key: expected an int64 [] tensor from draw_key() where dropout > 0, got None")
+        raise ValueError(
+            "dropout_key: expected an int64 [] tensor from draw_key() where dropout > 0, got None"
+        )
     if dropout_key is not None:
         check_tensor("dropout_key", dropout_key, [], [torch.int64])

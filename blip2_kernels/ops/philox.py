@@ -5,10 +5,10 @@ The contract, which every kernel follows to the bit:
 - The key is an int64 tensor drawn once a step; its low and high 32 bits are Philox's two key words.
 - The counter names the element, not where it happens to be computed:
     - a hidden element:         (row key, channel >> 3, 0, layer * 8 + site), lane = channel & 7
-    - an attention probability: (row key of the query, name >> 3, head, layer * 8 + site), lane = name & 7, where
-      name is the row key of the attended row or the ordinal of the image token.
-- A call gives four words, which serve eight neighbouring elements: lane l takes the low (l even) or high (l odd)
-  half of word l >> 1.
+    - an attention probability: (row key of the query, name >> 3, head, layer * 8 + site), lane = name & 7,
+      where name is the row key of the attended row or the ordinal of the image token.
+- A call gives four words, which serve eight neighbouring elements: lane l takes the low (l even) or high (l
+  odd) half of word l >> 1.
 - An element is kept if its 16 bits are >= round(p * 65536), and is then scaled by the inverse of the exact
   probability of being kept.
 
@@ -74,8 +74,8 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) 
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):
-        # The 64-bit products may pass 2**63: they wrap, and masking after the shift gives the right high word.
-        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        # The 64-bit products may pass 2**63: they wrap, and masking after the shift gives the right high
+        word.torch.mul(c0, _MULTIPLIERS[0], out=p0)
         torch.mul(c2, _MULTIPLIERS[1], out=p1)
         torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
         torch.bitwise_right_shift(p0, 32, out=c2).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
@@ -132,7 +132,8 @@ def attention_keep_mask(
 
 
 def dropout_hidden(x: Tensor, p: float, key: Tensor, row_keys: Tensor, *, layer: int, site: Site) -> Tensor:
-    """Dropout on hidden states x [..., C] whose rows are named by `row_keys` int32 [...]; p = 0 gives x itself.
+    """Dropout on hidden states x [..., C] whose rows are named by `row_keys` int32 [...]; p = 0 gives x
+    itself.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
@@ -185,8 +186,8 @@ def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:
         names: integer [B, L].
 
     Returns:
-        int64 [B, G] group numbers (names >> 3, each once a sample, padded by repeats), and int64 [B, L]: column
-        of each name among the G * 8 elements, or None where that is 0 … L - 1 throughout.
+        int64 [B, G] group numbers (names >> 3, each once a sample, padded by repeats), and int64 [B, L]:
+        column of each name among the G * 8 elements, or None where that is 0 … L - 1 throughout.
     """
     names = names.long()
     group = names // LANES
@@ -195,7 +196,9 @@ def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:
         return group, None
     first = group[:, ::LANES]
     places = torch.arange(length, device=names.device)
-    if names.device.type == "cpu" and bool((names == first[:, places // LANES] * LANES + places % LANES).all()):
+    if names.device.type == "cpu" and bool(
+        (names == first[:, places // LANES] * LANES + places % LANES).all()
+    ):
         return first, None
     ordered, order = group.sort(dim=1)
     slot = torch.zeros_like(ordered)
@@ -210,7 +213,7 @@ def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:
 def _keep_lanes(
     key: Tensor, rows: Tensor, groups: Tensor, head: Tensor | None, p: float, layer: int, site: Site
 ) -> Tensor:
-    """Broadcast the counters and return bool [*broadcast shape, 8], chunk by chunk along the first dimension."""
+    """Broadcast the counters and return bool [*broadcast shape, 8], by chunks of the first dimension."""
     if head is None:
         head = torch.zeros((), dtype=torch.int64, device=rows.device)
     shape = torch.broadcast_shapes(rows.shape, groups.shape, head.shape)

@@ -34,18 +34,19 @@ def cross_attention(
     Args:
         q: [S, Q, heads, head_dim], fp16, bf16, fp32 or fp64; may be a strided view.
         k, v: [images, tokens, heads, head_dim], same dtype and device; any strides.
-        image_index: int32 [S], the image each sample looks at; default sample s looks at image s. Several samples
-            may share an image, and an image nobody looks at gets a zero gradient.
+        image_index: int32 [S], the image each sample looks at; default sample s looks at image s. Several
+            samples may share an image, and an image nobody looks at gets a zero gradient.
         image_lengths: int32 [images], visible tokens of each image, from the first; default all.
         image_mask: 0/1 [images, tokens] instead of lengths, for any pattern.
-        row_keys: int32 [S, Q], names of the query rows in the dropout counters; default those of samples 0 … S - 1.
+        row_keys: int32 [S, Q], names of the query rows in the dropout counters; default those of samples 0
+            … S - 1.
         dropout: probability in [0, 1) of dropping an attention probability, by the Philox contract of
             `blip2_kernels.ops.philox` (an image token goes by its ordinal).
         dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
         layer: number of the layer, part of the dropout counter.
         scale: factor of the scores; default head_dim ** -0.5.
-        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend that
-            cannot serve raises.
+        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend
+            that cannot serve raises.
         validate: check the values of device tensors too, at the price of a synchronisation. CPU tensors are
             always checked.
 
@@ -76,10 +77,14 @@ def cross_attention(
     return cross_attention_reference(q, k, v, image_index, visible, row_keys, **options)
 
 
-def _check_image_index(index: object, samples: int, images: int, device: torch.device, validate: bool) -> None:
+def _check_image_index(
+    index: object, samples: int, images: int, device: torch.device, validate: bool
+) -> None:
     if index is None:
         if images != samples:
-            raise ValueError(f"image_index: expected int32 [{samples}] where {samples} samples meet {images} images, got None")
+            raise ValueError(
+                f"image_index: expected int32 [{samples}] where {samples} samples meet {images} images, got None"
+            )
         return
     expected = f"int32 [{samples}] with values in [0, {images})"
     if not isinstance(index, Tensor) or index.dtype != torch.int32:
@@ -107,5 +112,7 @@ def _visible(
     if (validate or checked.device.type == "cpu") and images:
         low, high = checked.aminmax()
         if low < 0 or high > tokens:
-            raise ValueError(f"image_lengths: expected values in [0, {tokens}], got values in [{low}, {high}]")
+            raise ValueError(
+                f"image_lengths: expected values in [0, {tokens}], got values in [{low}, {high}]"
+            )
     return torch.arange(tokens, device=device) < checked[:, None]

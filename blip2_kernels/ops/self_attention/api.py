@@ -41,12 +41,12 @@ def self_attention(
         dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
         layer: number of the layer, part of the dropout counter.
         scale: factor of the scores; default head_dim ** -0.5.
-        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend that
-            cannot serve raises.
+        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend
+            that cannot serve raises.
 
     Returns:
-        [q_layout.rows, heads, head_dim] in q's dtype. A row that may attend to nothing gives 0 with zero gradient.
-        Padding rows of a padded layout attend as a real row in their place would.
+        [q_layout.rows, heads, head_dim] in q's dtype. A row that may attend to nothing gives 0 with zero
+        gradient. Padding rows of a padded layout attend as a real row in their place would.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message, before
@@ -63,7 +63,9 @@ def self_attention(
     return self_attention_reference(q, k, v, q_layout, kv_layout, mask, **options)
 
 
-def _check_layouts(q: Tensor, k: Tensor, q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> None:
+def _check_layouts(
+    q: Tensor, k: Tensor, q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask
+) -> None:
     if not isinstance(mask, AttentionMask):
         raise TypeError(f"mask: expected an AttentionMask, got {describe(mask)}")
     for name, layout, argument, tensor in (("q_layout", q_layout, "q", q), ("kv_layout", kv_layout, "k", k)):
@@ -75,7 +77,9 @@ def _check_layouts(q: Tensor, k: Tensor, q_layout: TokenLayout, kv_layout: Token
         if layout.device != tensor.device:
             raise ValueError(f"{name}: expected a layout on {tensor.device}, got one on {layout.device}")
     if q_layout.samples != kv_layout.samples:
-        raise ValueError(f"kv_layout: expected {q_layout.samples} samples, as q_layout has, got {kv_layout.samples}")
+        raise ValueError(
+            f"kv_layout: expected {q_layout.samples} samples, as q_layout has, got {kv_layout.samples}"
+        )
     if q_layout.num_queries not in (0, kv_layout.num_queries):
         expected = f"0 or {kv_layout.num_queries} queries a sample, as kv_layout has"
         raise ValueError(f"q_layout: expected {expected}, got {q_layout.num_queries}")

@@ -1,5 +1,7 @@
 """Backend `torch`: the mask's structure as one, two or three calls of scaled_dot_product_attention."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def supports(dropout: float) -> str | None:
 
 
 def attention_blocks(mask: AttentionMask) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Which parts of the rows attend to which parts of the keys: (rows, keys), -1 for queries, i for text i."""
+    """Which parts of the rows attend to which keys: (rows, keys), -1 for queries, i for text i."""
     if mask.modes == (MaskMode.BIDIRECTIONAL,):
         return [((QUERIES, 0), (QUERIES, 0))]
     blocks: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((QUERIES,), (QUERIES,))]
@@ -56,7 +58,10 @@ def self_attention_sdpa(
     for rows, keys in attention_blocks(mask):
         row_part, key_part = _columns(q_layout, rows), _columns(kv_layout, keys)
         block = _take(_take(allowed, row_part, 2), key_part, 3)
-        sides = (_take(t, part, 1).transpose(1, 2) for t, part in ((query, row_part), (key, key_part), (value, key_part)))
+        sides = (
+            _take(t, part, 1).transpose(1, 2)
+            for t, part in ((query, row_part), (key, key_part), (value, key_part))
+        )
         outputs.append(_attend(*sides, block, scale).transpose(1, 2))
     return q_rows.collect(torch.cat(outputs, dim=1))
 
@@ -64,7 +69,7 @@ def self_attention_sdpa(
 def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query)
-    # Looking at the values is free on the CPU only; there, dropping a mask that hides nothing is a faster kernel.
+    # Looking at the values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
     full = allowed.device.type == "cpu" and bool(allowed.all())
     return F.scaled_dot_product_attention(query, key, value, attn_mask=None if full else allowed, scale=scale)
 
@@ -77,6 +82,6 @@ def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> list[tuple[int, int
 
 def _take(t: Tensor, parts: list[tuple[int, int]], dim: int) -> Tensor:
     """The columns of the parts, as a view where they are neighbours."""
-    if all(a[0] + a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False)):
+    if all(a[0] + a[1] == b[0] for a, b in itertools.pairwise(parts)):
         return t.narrow(dim, parts[0][0], sum(size for _, size in parts))
     return torch.cat([t.narrow(dim, start, size) for start, size in parts], dim)
