@@ -227,11 +227,8 @@ class TokenLayout:
         if samples is None:
             samples = check_tensor("text_masks[0]", text_masks[0], ["samples", "tokens"]).shape[0]
         _check_names(samples, num_queries, first_sample)
-        streams = (
-            tuple(text_streams)
-            if text_streams is not None
-            else (TEXT_STREAM, CAPTION_STREAM)[: len(text_masks)]
-        )
+        default_streams = (TEXT_STREAM, CAPTION_STREAM)[: len(text_masks)]
+        streams = default_streams if text_streams is None else tuple(text_streams)
         if len(streams) != len(text_masks):
             raise ValueError(f"text_streams: expected {len(text_masks)}, one a text mask, got {len(streams)}")
         if len(set(streams)) != len(streams) or any(not 0 < stream < MAX_STREAMS for stream in streams):
@@ -347,9 +344,8 @@ class TokenLayout:
             segments.append(segment)
         index = torch.cat(kept)
         num_queries = self.num_queries if queries else 0
-        return TokenLayout(
-            num_queries, self.samples, tuple(segments), self.row_keys[index], self.padded
-        ), index
+        layout = TokenLayout(num_queries, self.samples, tuple(segments), self.row_keys[index], self.padded)
+        return layout, index
 
     def dense(self) -> DenseRows:
         """The rows as a rectangle [S, L]: the form of the reference and of plots."""
@@ -397,9 +393,8 @@ def _text_segment(mask: Tensor, padded: bool) -> tuple[TextSegment, Tensor]:
     lengths = mask.sum(1, dtype=torch.int32)
     if padded:
         offsets = torch.arange(samples + 1, dtype=torch.int32, device=mask.device) * width
-        return TextSegment(
-            offsets, lengths, width, samples * width, source.flatten(), width
-        ), places.flatten()
+        segment = TextSegment(offsets, lengths, width, samples * width, source.flatten(), width)
+        return segment, places.flatten()
     offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     # The one synchronisation of a layout built from a device mask: both sizes in one transfer.
     sizes = torch.stack([offsets[-1], lengths.max() if samples else offsets[-1]]).tolist()

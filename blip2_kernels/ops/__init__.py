@@ -1,5 +1,4 @@
-"""The operators: one folder each, with its semantics (api.py), the plain truth (reference.py) and its
-backends."""
+"""The operators, one folder each: semantics (api.py), the plain truth (reference.py), its backends."""
 
 from .cross_attention.api import cross_attention
 from .self_attention.api import self_attention

@@ -74,8 +74,8 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) 
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):
-        # The 64-bit products may pass 2**63: they wrap, and masking after the shift gives the right high
-        word.torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        # Products may pass 2**63: they wrap, and masking after the shift still gives the high word.
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
         torch.mul(c2, _MULTIPLIERS[1], out=p1)
         torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(_WORD).bitwise_xor_(c1).bitwise_xor_(k0)
         torch.bitwise_right_shift(p0, 32, out=c2).bitwise_and_(_WORD).bitwise_xor_(c3).bitwise_xor_(k1)
@@ -132,8 +132,7 @@ def attention_keep_mask(
 
 
 def dropout_hidden(x: Tensor, p: float, key: Tensor, row_keys: Tensor, *, layer: int, site: Site) -> Tensor:
-    """Dropout on hidden states x [..., C] whose rows are named by `row_keys` int32 [...]; p = 0 gives x
-    itself.
+    """Dropout on hidden states x [..., C], rows named by `row_keys` int32 [...]; p = 0 gives x itself.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
@@ -196,9 +195,8 @@ def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:
         return group, None
     first = group[:, ::LANES]
     places = torch.arange(length, device=names.device)
-    if names.device.type == "cpu" and bool(
-        (names == first[:, places // LANES] * LANES + places % LANES).all()
-    ):
+    whole = first[:, places // LANES] * LANES + places % LANES
+    if names.device.type == "cpu" and torch.equal(names, whole):
         return first, None
     ordered, order = group.sort(dim=1)
     slot = torch.zeros_like(ordered)

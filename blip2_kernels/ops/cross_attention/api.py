@@ -82,9 +82,8 @@ def _check_image_index(
 ) -> None:
     if index is None:
         if images != samples:
-            raise ValueError(
-                f"image_index: expected int32 [{samples}] where {samples} samples meet {images} images, got None"
-            )
+            expected = f"int32 [{samples}] where {samples} samples meet {images} images"
+            raise ValueError(f"image_index: expected {expected}, got None")
         return
     expected = f"int32 [{samples}] with values in [0, {images})"
     if not isinstance(index, Tensor) or index.dtype != torch.int32:
