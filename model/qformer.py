@@ -7,7 +7,6 @@ dense masks, one module after the other (`qformer_layers.py`). `use_fused=True` 
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.encoder import FusedEncoder
 from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
@@ -148,11 +148,9 @@ class QFormerModel(nn.Module):
         return self.embeddings.dropout if self.is_instruct else self.dropout
 
     @property
-    def fused_encoder(self) -> Any:
+    def fused_encoder(self) -> FusedEncoder:
         """The `FusedEncoder` that reads this module's parameters, made on first use."""
         if "_fused_encoder" not in self.__dict__:
-            from blip2_kernels.encoder import FusedEncoder
-
             # Past nn.Module.__setattr__: the encoder refers back to this module and must not become its
             # child.
             self.__dict__["_fused_encoder"] = FusedEncoder(self)
@@ -194,7 +192,8 @@ class QFormerModel(nn.Module):
             attention_mask: 0/1, default all 1. [B, P + L] says which rows may be attended to; [B, L, P + L]
                 or [B, 1 or heads, L, P + L] says it for each row. It only ever narrows `mask`.
             encoder_hidden_states: [B or 1, N, encoder_hidden_size], image features. Needed if Q > 0.
-            encoder_attention_mask: 0/1 [B or 1, N], which image tokens may be attended to; default all.
+            encoder_attention_mask: 0/1, batch and N as the image features', which image tokens may be
+                attended to; default all.
             query_length: Q; default all of `query_embeds`, or 0 with a filled cache. 0 is a text-only pass.
             input_ids: [B, T], `InstructBlipQFormerConfig` only.
             position_ids: [B or 1, T], with `input_ids` only; default counts from the text's first token.
@@ -218,7 +217,7 @@ class QFormerModel(nn.Module):
             query_embeds, input_ids, position_ids, query_length, past_key_values
         )
         image, image_mask = self._check_image(encoder_hidden_states, encoder_attention_mask, query_length)
-        hidden, image, image_mask = _same_batch(hidden, image, image_mask)
+        hidden = _expand_to_images(hidden, image)
         batch, length, _ = hidden.shape
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if not isinstance(mask, MaskMode):
@@ -254,6 +253,8 @@ class QFormerModel(nn.Module):
             past_key_values = QFormerCache()
         if past_key_values is not None and not past:
             past_key_values.num_queries = query_length
+        if image is not None:
+            image = image.expand(batch, -1, -1)
         dropout = None
         if self.drops:
             image_keys = None
@@ -319,7 +320,7 @@ class QFormerModel(nn.Module):
         images = image_index = None
         if query_length:
             images = encoder.project_images(image, mask=image_mask)
-            image_index = torch.arange(batch, dtype=torch.int32, device=hidden.device)
+            image_index = torch.arange(batch, dtype=torch.int32, device=hidden.device) % image.shape[0]
         modes = AttentionMask((mask,) if has_text else ())
         rows = encoder(rows, layout, modes, images, image_index, dropout_key=dropout_key)
         out = [layout.unpack_queries(rows)] if query_length else []
@@ -368,7 +369,7 @@ class QFormerModel(nn.Module):
             for name, value in (("input_ids", input_ids), ("position_ids", position_ids)):
                 if value is not None:
                     raise ValueError(
-                        f"{name}: expected None, since this Q-Former takes its text embedded, in query_embeds "
+                        f"{name}: expected None, since this Q-Former takes text embedded, in query_embeds "
                         f"(TextEmbeddings), got {describe(value)}"
                     )
             if query_length is None:
@@ -398,12 +399,7 @@ class QFormerModel(nn.Module):
         if mask is not None:
             if features is None:
                 raise ValueError("encoder_attention_mask: expected encoder_hidden_states beside it, got None")
-            check_tensor("encoder_attention_mask", mask, ["batch", features.shape[1]], MASK_DTYPES)
-            if mask.shape[0] not in (1, features.shape[0]):
-                raise ValueError(
-                    f"encoder_attention_mask: expected [{features.shape[0]}, {features.shape[1]}], got "
-                    f"{list(mask.shape)}"
-                )
+            check_tensor("encoder_attention_mask", mask, features.shape[:2], MASK_DTYPES)
             _check_binary("encoder_attention_mask", mask)
         if query_length == 0:
             return None, None
@@ -447,20 +443,14 @@ def _check_binary(name: str, mask: Tensor) -> None:
         check_binary(name, mask)
 
 
-def _same_batch(
-    hidden: Tensor, image: Tensor | None, image_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Expand a batch of one, of rows or of images, to the other's size."""
-    if image is None:
-        return hidden, None, None
-    batch = max(hidden.shape[0], image.shape[0])
-    if hidden.shape[0] not in (1, batch) or image.shape[0] not in (1, batch):
+def _expand_to_images(hidden: Tensor, image: Tensor | None) -> Tensor:
+    """Expand a batch of one to the images' batch; refuse batches that do not go together."""
+    rows, images = hidden.shape[0], 1 if image is None else image.shape[0]
+    if rows not in (1, images) and images != 1:
         raise ValueError(
-            f"encoder_hidden_states: expected {hidden.shape[0]} images, one a sample, or 1, got "
-            f"{image.shape[0]}"
+            f"encoder_hidden_states: expected {rows} images, one a sample, or 1 for all, got {images}"
         )
-    image_mask = None if image_mask is None else image_mask.expand(batch, -1)
-    return hidden.expand(batch, -1, -1), image.expand(batch, -1, -1), image_mask
+    return hidden.expand(max(rows, images), -1, -1)
 
 
 def _check_attention_mask(mask: Tensor | None, batch: int, heads: int, rows: int, keys: int) -> Tensor | None:

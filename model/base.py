@@ -1,0 +1,332 @@
+"""What every stage-1 model shares: the parameters around the Q-Former and its three ways of reading.
+
+Image alone (ITC, captions), text alone (ITC), image and text together (ITM): paper section 3.1, figure 2.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.encoder import ImageKeyValues
+from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
+from blip2_kernels.mask import AttentionMask, MaskMode
+
+from .qformer import QFormerModel, TextEmbeddings, copy_text_feed_forward_to_query, init_bert_weights
+from .qformer_text import FLOATING, TOKEN_IDS
+
+if TYPE_CHECKING:
+    from .config import Blip2PreTrainingConfig
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """A set of images as the Q-Former reads them; made once, read by any number of passes.
+
+    Attributes:
+        features: [I, N, width], behind `ln_vision`.
+        mask: 0/1 [I, N] of the image tokens, or None for all.
+        key_values: their keys and values in every cross-attention layer (fused path), or None (plain path,
+            which projects the features in every pass).
+    """
+
+    features: Tensor
+    mask: Tensor | None = None
+    key_values: ImageKeyValues | None = None
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+
+class Blip2Base(nn.Module):
+    """Q-Former with query tokens, text embeddings, image LayerNorm, contrastive projections and matching
+    head.
+
+    Parameters: `query_tokens`, `embeddings.*`, `ln_vision.*`, `qformer.*`, `vision_projection.*`,
+    `text_projection.*`, `itm_head.*`, named as in transformers' `Blip2ForImageTextRetrieval` (`ln_vision`,
+    which transformers counts as part of the image encoder, as in LAVIS). They start as LAVIS's: BERT N(0,
+    0.02) in Q-Former and embeddings, query feed-forward networks equal to the text ones, query tokens N(0,
+    0.02), PyTorch's own initialisation in projections and head.
+
+    Args:
+        config: stage-1 configuration.
+        vision_model: image encoder that maps pixel values to features [B, N, encoder_hidden_size]; frozen,
+            always in eval mode. None where callers pass `image_features`.
+        use_fused: run through the fused encoder; may be changed at any time.
+
+    Raises:
+        TypeError: `vision_model` is no module.
+        ValueError: the Q-Former's configuration has no text input.
+    """
+
+    def __init__(
+        self,
+        config: "Blip2PreTrainingConfig",
+        vision_model: nn.Module | None = None,
+        use_fused: bool = False,
+    ) -> None:
+        super().__init__()
+        qformer = config.qformer
+        if not getattr(qformer, "use_qformer_text_input", False):
+            raise ValueError("config: expected a qformer with use_qformer_text_input=True, got False")
+        if vision_model is not None and not isinstance(vision_model, nn.Module):
+            raise TypeError(f"vision_model: expected a torch.nn.Module or None, got {describe(vision_model)}")
+        check_int("config.num_query_tokens", config.num_query_tokens, 1)
+        check_int("config.image_text_hidden_size", config.image_text_hidden_size, 1)
+        self.config = config
+        self.vision_model = vision_model
+        if vision_model is not None:
+            vision_model.requires_grad_(False).eval()
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer.hidden_size))
+        self.embeddings = TextEmbeddings(qformer)
+        self.ln_vision = nn.LayerNorm(qformer.encoder_hidden_size)
+        self.qformer = QFormerModel(qformer, use_fused=use_fused)
+        self.vision_projection = nn.Linear(qformer.hidden_size, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(qformer.hidden_size, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(qformer.hidden_size, 2)
+        nn.init.normal_(self.query_tokens, std=qformer.initializer_range)
+        init_bert_weights(self.embeddings, qformer.initializer_range)
+        copy_text_feed_forward_to_query(self.qformer)
+
+    @property
+    def use_fused(self) -> bool:
+        """Whether the Q-Former runs through the fused encoder."""
+        return self.qformer.use_fused
+
+    @use_fused.setter
+    def use_fused(self, value: bool) -> None:
+        self.qformer.use_fused = value
+
+    def train(self, mode: bool = True) -> "Blip2Base":
+        """As `nn.Module.train`, but the frozen image encoder stays in eval mode."""
+        super().train(mode)
+        if self.vision_model is not None:
+            self.vision_model.eval()
+        return self
+
+    def frozen_features(
+        self, image_features: Tensor | None = None, pixel_values: Tensor | None = None
+    ) -> Tensor:
+        """Features [B, N, width] before `ln_vision`: those given, or the frozen encoder's of `pixel_values`.
+
+        Raises:
+            TypeError, ValueError: both or neither given, no image encoder, features of another kind or shape.
+        """
+        if (image_features is None) == (pixel_values is None):
+            got = "neither" if image_features is None else "both"
+            raise ValueError(f"image_features: expected image_features or pixel_values, got {got}")
+        if image_features is None:
+            if self.vision_model is None:
+                raise ValueError(
+                    "pixel_values: expected image_features, since this model has no vision_model"
+                )
+            with torch.no_grad():
+                image_features = self.vision_model(pixel_values)
+        width = self.config.qformer.encoder_hidden_size
+        check_tensor("image_features", image_features, ["batch", "tokens", width], FLOATING)
+        if 0 in image_features.shape:
+            raise ValueError(
+                f"image_features: expected at least one token of one image, got {describe(image_features)}"
+            )
+        return image_features
+
+    def prepare_images(
+        self,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> PreparedImages:
+        """Get images ready to be read.
+
+        Args:
+            image_features: [B, N, width], the frozen encoder's output before `ln_vision`; or
+            pixel_values: what the image encoder takes.
+            image_mask: 0/1 [B, N], image tokens that may be read; default all.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or value.
+        """
+        features = self.frozen_features(image_features, pixel_values)
+        if image_mask is not None:
+            check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
+            check_binary("image_mask", image_mask)
+        features = self.ln_vision(features.to(self.ln_vision.weight.dtype))
+        key_values = None
+        if self.use_fused:
+            key_values = self.qformer.fused_encoder.project_images(features, mask=image_mask)
+        return PreparedImages(features, image_mask, key_values)
+
+    def image_hidden(self, images: PreparedImages, *, dropout_key: Tensor | None = None) -> Tensor:
+        """What the queries read from each image, [I, Q, C]."""
+        queries = self.query_tokens.expand(len(images), -1, -1)
+        if images.key_values is None:
+            return self.qformer(
+                queries,
+                encoder_hidden_states=images.features,
+                encoder_attention_mask=images.mask,
+                dropout_key=dropout_key,
+            ).last_hidden_state
+        layout = TokenLayout.from_attention_masks(
+            queries.shape[1], samples=len(images), device=queries.device
+        )
+        rows = self.qformer.fused_encoder(
+            layout.pack(queries), layout, AttentionMask(), images.key_values, dropout_key=dropout_key
+        )
+        return layout.unpack_queries(rows)
+
+    def text_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, dropout_key: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of texts read alone, [B, T, C]; those of padding are not to be used."""
+        attention_mask = self.check_text(input_ids, attention_mask)
+        text = self.embeddings(input_ids)
+        if not self.use_fused:
+            return self.qformer(
+                text, attention_mask, query_length=0, mask=MaskMode.UNIMODAL, dropout_key=dropout_key
+            ).last_hidden_state
+        layout = TokenLayout.from_attention_masks(0, [attention_mask], device=text.device)
+        rows = self.qformer.fused_encoder(
+            layout.pack(None, [text]), layout, AttentionMask((MaskMode.UNIMODAL,)), dropout_key=dropout_key
+        )
+        return layout.unpack_text(rows)
+
+    def multimodal_hidden(
+        self,
+        images: PreparedImages,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        first_sample: int = 0,
+        dropout_key: Tensor | None = None,
+    ) -> Tensor:
+        """What the queries know having read an image and a text together, [S, Q, C].
+
+        Args:
+            images: the images.
+            input_ids: integers [S, T].
+            attention_mask: 0/1 [S, T]; default all 1.
+            image_index: integers [S] in [0, number of images); default image s for text s.
+            first_sample: number of the first sample in the row keys of dropout.
+            dropout_key: int64 [], Philox key; default a fresh one.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or value.
+        """
+        attention_mask = self.check_text(input_ids, attention_mask)
+        samples = input_ids.shape[0]
+        if image_index is None:
+            if len(images) != samples:
+                raise ValueError(
+                    f"image_index: expected one for {len(images)} images and {samples} texts, got None"
+                )
+        else:
+            check_tensor("image_index", image_index, [samples], TOKEN_IDS)
+            if image_index.device.type == "cpu" and samples:
+                worst = int(image_index.min()) if int(image_index.min()) < 0 else int(image_index.max())
+                if not 0 <= worst < len(images):
+                    raise ValueError(f"image_index: expected values in [0, {len(images)}), got {worst}")
+        text = self.embeddings(input_ids)
+        queries = self.query_tokens.expand(samples, -1, -1)
+        num_queries = queries.shape[1]
+        if images.key_values is None:
+            features, mask = images.features, images.mask
+            if image_index is not None:
+                features, mask = features[image_index], None if mask is None else mask[image_index]
+            return self.qformer(
+                torch.cat([queries.to(text.dtype), text], dim=1),
+                F.pad(attention_mask, (num_queries, 0), value=1),
+                features,
+                mask,
+                query_length=num_queries,
+                row_keys=padded_row_keys(samples, num_queries, attention_mask, first_sample=first_sample),
+                dropout_key=dropout_key,
+            ).last_hidden_state[:, :num_queries]
+        layout = TokenLayout.from_attention_masks(
+            num_queries, [attention_mask], first_sample=first_sample, device=text.device
+        )
+        rows = self.qformer.fused_encoder(
+            layout.pack(queries.to(text.dtype), [text]),
+            layout,
+            AttentionMask((MaskMode.BIDIRECTIONAL,)),
+            images.key_values,
+            None if image_index is None else image_index.to(torch.int32),
+            dropout_key=dropout_key,
+        )
+        return layout.unpack_queries(rows)
+
+    def check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Check token ids [B, T] and their 0/1 mask; return the mask, all 1 by default.
+
+        Raises:
+            TypeError, ValueError: wrong kind or shape, an empty batch or text, values other than 0 and 1.
+        """
+        check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
+        if 0 in input_ids.shape:
+            raise ValueError(f"input_ids: expected at least one token of one text, got {describe(input_ids)}")
+        if attention_mask is None:
+            return torch.ones_like(input_ids)
+        check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES, input_ids.device)
+        check_binary("attention_mask", attention_mask)
+        return attention_mask
+
+    def project_image(self, hidden: Tensor) -> Tensor:
+        """Contrastive features of the queries, [..., E] of length 1."""
+        return F.normalize(self.vision_projection(hidden), dim=-1)
+
+    def project_text(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Contrastive feature of each text's first real token ([CLS]), [B, E] of length 1."""
+        first = (attention_mask != 0).to(torch.uint8).argmax(dim=1)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return F.normalize(self.text_projection(hidden[rows, first]), dim=-1)
+
+    def match(self, multimodal_hidden: Tensor) -> Tensor:
+        """ITM logits (no match, match), [S, 2]: the head on every query, averaged."""
+        return self.itm_head(multimodal_hidden).mean(dim=1)
+
+    def encode_image(
+        self,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the queries read from each image, [B, Q, C]; arguments and errors as `prepare_images`."""
+        return self.image_hidden(self.prepare_images(image_features, pixel_values, image_mask))
+
+    def get_image_features(
+        self,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Contrastive image features [B, Q, E] of length 1; arguments and errors as `prepare_images`."""
+        return self.project_image(self.encode_image(image_features, pixel_values, image_mask))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Contrastive text features [B, E] of length 1, of token ids [B, T] that start with [CLS].
+
+        Raises:
+            TypeError, ValueError: ids or mask of the wrong kind, shape or value, or longer than the position
+            table.
+        """
+        attention_mask = self.check_text(input_ids, attention_mask)
+        return self.project_text(self.text_hidden(input_ids, attention_mask), attention_mask)
+
+    def get_multimodal_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """What the queries know having read image and text together, [S, Q, C] (LAVIS's mode "multimodal").
+
+        Arguments and errors as `prepare_images` and `multimodal_hidden`.
+        """
+        images = self.prepare_images(image_features, pixel_values, image_mask)
+        return self.multimodal_hidden(images, input_ids, attention_mask, image_index=image_index)
