@@ -1,0 +1,98 @@
+# Everything here sets itself up in $(VENV); it needs python3 (3.11 or newer) with its venv module, and make.
+#
+#   PYTHON=python3.12     another interpreter
+#   VENV=/somewhere/env   another place for the environment
+#   TORCH=torch==2.11.0   another torch than the one constraints.txt pins
+#   TORCH=system          the torch (and what else) that $(PYTHON) already has, left as it is
+#   CONSTRAINTS=/dev/null no pins at all
+#   PIP_ARGS=...          more options for pip, such as an index with CPU builds of torch
+#   ARGS=...              more options for the command itself: make demo ARGS=--quick, make test ARGS="-k philox"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+CONSTRAINTS ?= constraints.txt
+PIP_ARGS ?=
+ARGS ?=
+# Test processes. Each computes on one thread: the shapes are small, and two busy threads a process lose time.
+JOBS ?= 2
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c $(VENV)/constraints.txt
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p no:benchmark
+SOURCES = pyproject.toml setup.py requirements-demo-assets.txt $(VENV)/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick bench lint format clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo        train BLIP-2 on real pictures in two stages, write runs/demo (12 minutes on 2 cores;"
+	@echo "                 make demo ARGS=--quick: 2 minutes)"
+	@echo "make test        every test, on the CPU and on a GPU where torch sees one"
+	@echo "make test-quick  the tests that take seconds"
+	@echo "make bench       time the attention backends against each other, after checking that they agree"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff format the code"
+	@echo "make clean       remove $(VENV) and the caches (runs/ stays)"
+	@echo "Options (PYTHON, VENV, TORCH, CONSTRAINTS, PIP_ARGS, ARGS, JOBS) are explained at the top of the Makefile."
+
+demo: $(VENV)/.installed-demo
+	@echo "== demo: two-stage training on real pictures; results go to runs/demo"
+	@$(BIN)/blip2-kernels demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@echo "== test: all tests, $(JOBS) processes"
+	@$(PYTEST) $(ARGS)
+
+test-quick: $(VENV)/.installed-dev
+	@echo "== test-quick: without the tests marked slow, $(JOBS) processes"
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	@echo "== bench: attention backends; a wrong result fails and is not timed"
+	@$(BIN)/python -m pytest bench $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@echo "== lint: ruff check, ruff format --check, mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# Which interpreter and torch the environment was made for: rewritten, and the environment remade, when they change.
+SETTINGS = python=$(PYTHON) torch=$(TORCH) constraints=$(CONSTRAINTS)
+$(VENV)/.settings: FORCE
+	@if [ "$$(cat $@ 2>/dev/null)" != "$(SETTINGS)" ]; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "blip2_kernels needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
+	    echo "Name another one: make PYTHON=python3.12 ..."; exit 1; }; \
+	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo "$(PYTHON) has no venv module (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }; \
+	  echo "== creating $(VENV) with $$($(PYTHON) --version 2>&1)"; \
+	  $(PYTHON) -m venv --clear $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV) && \
+	  echo "$(SETTINGS)" > $@; \
+	fi
+
+# The pins in force: those of $(CONSTRAINTS), with torch and triton as asked for.
+$(VENV)/constraints.txt: $(VENV)/.settings $(CONSTRAINTS)
+	@cp $(CONSTRAINTS) $@
+ifneq ($(TORCH),)
+	@grep -v -E '^(torch|triton)[=<>]' $(CONSTRAINTS) > $@ || true
+ifneq ($(TORCH),system)
+	@echo "$(TORCH)" >> $@
+endif
+endif
+
+$(VENV)/.installed-%: $(SOURCES)
+	@echo "== installing blip2-kernels[$*] in $(VENV) (a few minutes the first time)"
+	@$(PIP) -e ".[$*]"
+	@$(PIP) --no-deps -r requirements-demo-assets.txt
+	@$(BIN)/python -c "import torch; gpu = torch.cuda.is_available(); print('== torch', torch.__version__, 'on', torch.cuda.get_device_name() if gpu else 'the CPU')"
+	@touch $@
