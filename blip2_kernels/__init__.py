@@ -13,8 +13,8 @@ class _ModelInCheckout:
 
     Installed, model/ is a subfolder and is found by the ordinary means, asked first. But whoever has the
     checkout on sys.path (`python -m pytest`, a script in its root) imports this package from there, where no
-    subfolder `model` exists. Adding the checkout to `__path__` would work too, and would also make its setup.py,
-    tests and bench importable as parts of this package.
+    subfolder `model` exists. Adding the checkout to `__path__` would work too, and would also make its
+    setup.py, tests and bench importable as parts of this package.
     """
 
     @staticmethod
