@@ -1,0 +1,324 @@
+"""Stage 1 of BLIP-2: representation learning from image-text pairs (paper section 3.1).
+
+Three losses over one Q-Former: contrast (ITC), matching (ITM) and image-grounded text generation (ITG), those
+of LAVIS's `blip2_qformer.py`. Where a rank stands alone nothing is gathered and both sides of the contrast
+get their gradient. As in LAVIS's BLIP-2 (and unlike BLIP) the temperature is not clamped.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from blip2_kernels.checks import check_tensor, describe
+from blip2_kernels.layout import TokenLayout
+from blip2_kernels.mask import AttentionMask, MaskMode
+from blip2_kernels.ops.philox import draw_key
+
+from .base import Blip2Base, PreparedImages
+from .config import Blip2PreTrainingConfig
+from .distributed import all_gather, all_gather_with_grad, check_same_shapes, get_rank, get_world_size
+from .losses import (
+    IGNORE_INDEX,
+    caption_labels,
+    caption_loss,
+    contrastive_loss,
+    contrastive_similarities,
+    matching_loss,
+)
+from .negatives import INDEX_DTYPES, Negatives, check_negatives, positive_pairs, sample_hard_negatives
+from .qformer import LMHead, init_bert_weights
+
+
+@dataclass
+class Blip2PreTrainingOutput(ModelOutput):
+    """What a step of stage 1 returns; n = world size * B.
+
+    Attributes:
+        loss: [], the sum of the three.
+        loss_itc, loss_itm, loss_itg: [], this rank's share: the mean over ranks is the loss of the batch.
+        image_embeds: [B, Q, E], contrastive image features of length 1.
+        text_embeds: [B, E], contrastive text features of length 1.
+        sim_i2t: [B, n], own images against all texts: best query, divided by the temperature.
+        sim_t2i: [B, n], own texts against all images.
+        itm_logits: [S, 2], (no match, match). S = 3 B: the pairs, (negative image, text), (image, negative
+            text). On the fused path with several ranks the middle part holds instead the texts, of any rank,
+            that drew an image of this rank.
+        itm_labels: int64 [S]: 1, 0, or -100 where there was no negative.
+        negatives: `(image_index, text_index)`, int64 [B] each: the sample of all ranks whose image or text
+            served as negative, -1 for none.
+    """
+
+    loss: Tensor | None = None
+    loss_itc: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_itg: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    sim_i2t: Tensor | None = None
+    sim_t2i: Tensor | None = None
+    itm_logits: Tensor | None = None
+    itm_labels: Tensor | None = None
+    negatives: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class UnimodalPasses:
+    """What contrast and generation need from the encoder.
+
+    Attributes:
+        query_hidden: [B, Q, C], the queries having read the image.
+        text_hidden: [B, C], the texts' first token having read the text.
+        caption_hidden: [rows, C], caption rows having read image and earlier caption.
+        caption_labels: int64 [rows], what each should predict, or -100.
+    """
+
+    query_hidden: Tensor
+    text_hidden: Tensor
+    caption_hidden: Tensor
+    caption_labels: Tensor
+
+
+class Blip2ForPreTraining(Blip2Base):
+    """BLIP-2 in stage 1.
+
+    Parameters are those of `Blip2Base`, the language-modelling head `cls.predictions.*` (its decoder is the
+    word embedding) and the temperature `temp`. The image encoder is frozen: it never trains, whatever mode
+    the model is in.
+
+    Args:
+        config: stage-1 configuration.
+        vision_model: frozen image encoder, pixel values to features [B, N, encoder_hidden_size]; None where
+            callers pass `image_features`.
+        use_fused: False runs the four passes of LAVIS one after the other (image, text, matching, caption
+            through the image pass's key/value cache); True runs two passes of the fused encoder on packed
+            rows, with image keys and values projected once. May be changed at any time; losses, gradients
+            and, in training mode, dropout masks are the same.
+
+    Raises:
+        TypeError: a configuration or image encoder of another kind.
+    """
+
+    def __init__(
+        self,
+        config: Blip2PreTrainingConfig,
+        *,
+        vision_model: nn.Module | None = None,
+        use_fused: bool = False,
+    ) -> None:
+        if not isinstance(config, Blip2PreTrainingConfig):
+            raise TypeError(f"config: expected a Blip2PreTrainingConfig, got {describe(config)}")
+        super().__init__(config, vision_model, use_fused)
+        self.cls = nn.ModuleDict({"predictions": LMHead(config.qformer)})
+        init_bert_weights(self.cls, config.qformer.initializer_range)
+        self.temp = nn.Parameter(torch.tensor(float(config.temperature)))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        negatives: Negatives | None = None,
+    ) -> Blip2PreTrainingOutput:
+        """One step on B image-text pairs.
+
+        With a process group every rank calls this with the same shapes; contrast and negatives then reach
+        over all ranks (n = world size * B samples, rank r owns r * B … r * B + B - 1).
+
+        Args:
+            input_ids: int64 or int32 [B, T], [CLS] text [SEP] and padding. [DEC] takes the place of the first
+                token where the text is to be generated.
+            attention_mask: 0/1 [B, T]; the first column must be 1.
+            pixel_values: what `vision_model` takes, or
+            image_features: floating [B, N, encoder_hidden_size], the frozen encoder's output before
+                `ln_vision`, of any floating dtype; it is cast to that of `ln_vision`.
+            image_ids: integers [B], equal where pairs show the same image: these count as positives in the
+                contrast and are never drawn as negatives. Default: all images differ.
+            negatives: `(image_index, text_index)`, integers [B] each, in [0, n) or -1 for none, instead of
+                drawn ones.
+
+        Returns:
+            `Blip2PreTrainingOutput`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message. Values
+            (of masks, ids, negatives) are looked at on the CPU only.
+        """
+        attention_mask = self._check_batch(input_ids, attention_mask, image_ids)
+        features = self.frozen_features(image_features, pixel_values)
+        batch, name = input_ids.shape[0], "pixel_values" if image_features is None else "image_features"
+        if features.shape[0] != batch:
+            raise ValueError(f"{name}: expected {batch} images, one a text, got {features.shape[0]}")
+        if features.device != input_ids.device:
+            raise ValueError(f"{name}: expected a tensor on {input_ids.device}, got one on {features.device}")
+        check_same_shapes({"input_ids": input_ids, name: features})
+        positives = positive_pairs(batch, image_ids, device=input_ids.device)
+        if negatives is not None:
+            negatives = check_negatives(negatives, positives)
+
+        images = self.prepare_images(features)
+        dropout_key = draw_key(input_ids.device) if self.qformer.drops else None
+        encode = self._encode_together if self.use_fused else self._encode_in_turn
+        passes = encode(images, input_ids, attention_mask, dropout_key)
+
+        image_embeds = self.project_image(passes.query_hidden)
+        text_embeds = F.normalize(self.text_projection(passes.text_hidden), dim=-1)
+        sim_i2t, sim_t2i = contrastive_similarities(
+            image_embeds, text_embeds, self.temp, gradient=self.config.itc_gradient
+        )
+        smoothing = self.config.label_smoothing
+        loss_itc = contrastive_loss(sim_i2t, sim_t2i, positives, label_smoothing=smoothing)
+
+        if negatives is None:
+            negatives = sample_hard_negatives(sim_i2t, sim_t2i, positives)
+        itm_logits, itm_labels = self._match_pairs(images, input_ids, attention_mask, negatives, dropout_key)
+        loss_itm = matching_loss(itm_logits, itm_labels)
+
+        lm_logits = self.cls["predictions"](passes.caption_hidden, self.embeddings.word_embeddings.weight)
+        loss_itg = caption_loss(
+            lm_logits,
+            passes.caption_labels,
+            label_smoothing=smoothing,
+            normalisation=self.config.lm_normalisation,
+        )
+        return Blip2PreTrainingOutput(
+            loss=loss_itc + loss_itm + loss_itg,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            loss_itg=loss_itg,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
+            itm_logits=itm_logits,
+            itm_labels=itm_labels,
+            negatives=negatives,
+        )
+
+    def caption(
+        self, image_features: Tensor | None = None, pixel_values: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Caption images with this model; arguments, result and errors as `captioning.generate_captions`."""
+        from .captioning import generate_captions
+
+        return generate_captions(self, image_features=image_features, pixel_values=pixel_values, **options)
+
+    def _check_batch(self, input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor | None) -> Tensor:
+        """Check the text side of a batch; return the mask as int64."""
+        if attention_mask is None:
+            raise TypeError("attention_mask: expected a 0/1 tensor as input_ids, got None")
+        self.check_text(input_ids, attention_mask)
+        batch, length = input_ids.shape
+        positions = self.config.qformer.max_position_embeddings
+        if length > positions:
+            raise ValueError(
+                f"input_ids: expected at most {positions} tokens (max_position_embeddings), got {length}"
+            )
+        attention_mask = (attention_mask != 0).long()
+        if attention_mask.device.type == "cpu" and not bool(attention_mask[:, 0].all()):
+            row = int((attention_mask[:, 0] == 0).nonzero()[0])
+            raise ValueError(
+                "attention_mask: expected 1 in the first column, where [CLS] and [DEC] stand (pad on the "
+                f"right), got 0 in row {row}"
+            )
+        if image_ids is not None:
+            check_tensor("image_ids", image_ids, [batch], INDEX_DTYPES, input_ids.device)
+        return attention_mask
+
+    def _caption_ids(self, input_ids: Tensor) -> Tensor:
+        """The texts with [DEC] in place of their first token."""
+        return torch.cat([torch.full_like(input_ids[:, :1], self.config.dec_token_id), input_ids[:, 1:]], 1)
+
+    def _encode_in_turn(
+        self, images: PreparedImages, input_ids: Tensor, attention_mask: Tensor, dropout_key: Tensor | None
+    ) -> UnimodalPasses:
+        """Image, text and caption as three padded passes; the caption reads the image pass's cache."""
+        image = self.qformer(
+            self.query_tokens.expand(len(images), -1, -1),
+            encoder_hidden_states=images.features,
+            use_cache=True,
+            dropout_key=dropout_key,
+        )
+        text = self.text_hidden(input_ids, attention_mask, dropout_key=dropout_key)
+        caption = self.qformer(
+            self.embeddings(self._caption_ids(input_ids)),
+            F.pad(attention_mask, (self.config.num_query_tokens, 0), value=1),
+            query_length=0,
+            mask=MaskMode.MULTIMODAL_CAUSAL,
+            past_key_values=image.past_key_values,
+            dropout_key=dropout_key,
+        )
+        labels = caption_labels(input_ids, attention_mask, self.config.pad_token_id)
+        return UnimodalPasses(
+            query_hidden=image.last_hidden_state,
+            text_hidden=text[:, 0],
+            caption_hidden=caption.last_hidden_state.flatten(0, 1),
+            caption_labels=labels.flatten(),
+        )
+
+    def _encode_together(
+        self, images: PreparedImages, input_ids: Tensor, attention_mask: Tensor, dropout_key: Tensor | None
+    ) -> UnimodalPasses:
+        """The same as one packed pass over [queries | text | caption]: under both masks queries see queries
+        only, and the two texts never see each other."""
+        queries = self.query_tokens.expand(len(images), -1, -1)
+        layout = TokenLayout.from_attention_masks(queries.shape[1], [attention_mask, attention_mask])
+        texts = [self.embeddings(input_ids), self.embeddings(self._caption_ids(input_ids))]
+        rows = self.qformer.fused_encoder(
+            layout.pack(queries.to(texts[0].dtype), texts),
+            layout,
+            AttentionMask((MaskMode.UNIMODAL, MaskMode.MULTIMODAL_CAUSAL)),
+            images.key_values,
+            dropout_key=dropout_key,
+        )
+        labels = caption_labels(input_ids, attention_mask, self.config.pad_token_id)
+        return UnimodalPasses(
+            query_hidden=layout.unpack_queries(rows),
+            text_hidden=rows[layout.first_rows(0)],
+            caption_hidden=rows[layout.text_start(1) :],
+            caption_labels=labels.flatten()[layout.texts[1].source],
+        )
+
+    def _match_pairs(
+        self,
+        images: PreparedImages,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        negatives: Negatives,
+        dropout_key: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [S, 2] and labels [S] of the pairs, (negative image, text) and (image, negative text)."""
+        batch = input_ids.shape[0]
+        start = get_rank() * batch
+        own = torch.arange(start, start + batch, device=input_ids.device)
+        # Where there is no negative the sample's own image or text fills the row, which then has no label.
+        labels = [torch.where(index < 0, IGNORE_INDEX, 0) for index in negatives]
+        image_index, text_index = (torch.where(index < 0, own, index) for index in negatives)
+        all_ids, all_masks = all_gather(input_ids), all_gather(attention_mask)
+
+        texts, first_image = own, 0
+        if self.use_fused and get_world_size() > 1:
+            # A drawn image may live on another rank. The text is a few integers, the image a thousand vectors
+            # with keys and values: so the text goes to the image's rank.
+            every_image, every_label = all_gather(image_index), all_gather(labels[0])
+            texts = ((every_image >= start) & (every_image < start + batch)).nonzero()[:, 0]
+            image_index, labels[0], first_image = every_image[texts], every_label[texts], start
+        else:
+            features = all_gather_with_grad(images.features)
+            images = PreparedImages(features, key_values=images.key_values)
+
+        text_rows = torch.cat([own, texts, text_index])
+        hidden = self.multimodal_hidden(
+            images,
+            all_ids[text_rows],
+            all_masks[text_rows],
+            image_index=torch.cat([own, image_index, own]) - first_image,
+            first_sample=batch,
+            dropout_key=dropout_key,
+        )
+        return self.match(hidden), torch.cat([torch.ones_like(own), *labels])
