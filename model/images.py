@@ -1,0 +1,220 @@
+"""From a picture to an encoder's input: decoding, resizing and normalising with PIL or tensors only.
+
+torchvision, which transformers' image processors need, is never required.
+"""
+
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from blip2_kernels.checks import check_int, describe
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ImagePreprocessing", "open_image"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# PIL's resampling filters by the names torch.nn.functional.interpolate gives them; PIL always antialiases.
+PIL_FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+
+
+def open_image(source: str | Path | bytes) -> Any:
+    """Decode an image file completely.
+
+    Args:
+        source: a path, or the file's bytes.
+
+    Returns:
+        A loaded `PIL.Image.Image`, turned upright by its EXIF orientation.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        OSError: no such file, not an image, or cut short (PIL's `UnidentifiedImageError` is an OSError).
+        TypeError: neither a path nor bytes.
+    """
+    if not isinstance(source, str | Path | bytes):
+        raise TypeError(f"source: expected a path or the bytes of an image file, got {describe(source)}")
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("Pillow: needed to decode images; install it with `pip install pillow`") from error
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except OSError:
+        raise
+    # Broken headers surface from PIL's plugins as whatever their parsing trips over.
+    except (ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, OverflowError) as error:
+        raise OSError(f"cannot decode image: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """How pictures become `pixel_values`: resize, scale to [0, 1], subtract `mean`, divide by `std`.
+
+    Attributes:
+        image_size: (height, width) in pixels, or one int for both.
+        mean, std: a number a channel, of pixels in [0, 1]. The defaults are CLIP's, which BLIP-2 uses.
+        interpolation: "bicubic", "bilinear" or "nearest"; antialiased when shrinking, except "nearest".
+        crop: False stretches the whole picture to `image_size`, as BLIP-2 does; True keeps its proportions,
+            fills `image_size` and cuts the centre out, as CLIP does.
+        background: RGB in [0, 255] that transparent pictures are laid on.
+
+    Raises:
+        TypeError, ValueError: a size, mean, std, interpolation or background that cannot be.
+    """
+
+    image_size: tuple[int, int] | int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    interpolation: str = "bicubic"
+    crop: bool = False
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        if not isinstance(size, int) and (not isinstance(size, tuple | list) or len(size) != 2):
+            raise TypeError(f"image_size: expected (height, width) or one int, got {size!r}")
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        for side in sides:
+            check_int("image_size", side, 1)
+        object.__setattr__(self, "image_size", sides)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list) or not values:
+                raise TypeError(f"{name}: expected a tuple of one number a channel, got {describe(values)}")
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"std: expected {len(self.mean)} numbers as mean, got {len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: expected numbers > 0, got {self.std}")
+        if self.interpolation not in PIL_FILTERS:
+            raise ValueError(
+                f"interpolation: expected one of {', '.join(PIL_FILTERS)}, got {self.interpolation!r}"
+            )
+        background = tuple(self.background)
+        if len(background) != 3:
+            raise ValueError(f"background: expected three numbers (red, green, blue), got {background}")
+        for value in background:
+            check_int("background", value, 0, 255)
+        object.__setattr__(self, "background", background)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ImagePreprocessing":
+        """Read a transformers `preprocessor_config.json` (given as a dict).
+
+        Raises:
+            ValueError: an entry says something this class does not do (no resizing, no rescaling, a crop of
+                another size than the one resized to).
+        """
+        size = config.get("size", 224)
+        crop_size = config.get("crop_size", size)
+        crop = bool(config.get("do_center_crop", False))
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            if not config.get(name, True):
+                raise ValueError(f"{name}: expected True, got {config[name]!r}")
+        sides = _sides(crop_size if crop else size)
+        if crop and min(_sides(size)) != min(sides):
+            raise ValueError(f"crop_size: expected {size}, the size resized to, got {crop_size}")
+        if not crop and isinstance(size, Mapping) and "shortest_edge" in size:
+            raise ValueError(f"size: expected height and width when do_center_crop is False, got {size}")
+        names = {number: name for name, number in PIL_FILTERS.items()}
+        resample = int(config.get("resample", 3))
+        if resample not in names:
+            raise ValueError(f"resample: expected one of {sorted(names)}, got {resample}")
+        return cls(
+            image_size=sides,
+            mean=tuple(config.get("image_mean", CLIP_MEAN)),
+            std=tuple(config.get("image_std", CLIP_STD)),
+            interpolation=names[resample],
+            crop=crop,
+        )
+
+    def __call__(self, image: Any) -> Tensor:
+        """Preprocess one picture.
+
+        Args:
+            image: a PIL image of any mode; or a tensor [channels, height, width], uint8 in [0, 255] or
+                floating in [0, 1].
+
+        Returns:
+            float32 [channels, image_size[0], image_size[1]]; on the CPU for a PIL image.
+
+        Raises:
+            TypeError: something else, or a tensor of another dtype.
+            ValueError: a tensor of another rank or number of channels, or an empty one.
+        """
+        pixels = self._from_tensor(image) if isinstance(image, Tensor) else self._from_pil(image)
+        statistics = torch.tensor([self.mean, self.std], device=pixels.device)[:, :, None, None]
+        return (pixels - statistics[0]) / statistics[1]
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Size to resize to before the crop."""
+        goal_height, goal_width = self.image_size
+        if not self.crop:
+            return goal_height, goal_width
+        scale = max(goal_height / height, goal_width / width)
+        return max(goal_height, round(height * scale)), max(goal_width, round(width * scale))
+
+    def _cut(self, pixels: Tensor) -> Tensor:
+        height, width = self.image_size
+        top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+        return pixels[..., top : top + height, left : left + width]
+
+    def _from_tensor(self, image: Tensor) -> Tensor:
+        channels = len(self.mean)
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise TypeError(f"image: expected uint8 or floating, got {describe(image)}")
+        if image.dim() != 3 or image.shape[0] != channels or image.numel() == 0:
+            raise ValueError(f"image: expected [{channels}, height, width], got {describe(image)}")
+        pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        size = self._resized(*image.shape[1:])
+        if size != tuple(image.shape[1:]):
+            smooth = self.interpolation != "nearest"
+            pixels = interpolate(
+                pixels[None],
+                size,
+                mode=self.interpolation,
+                antialias=smooth,
+                align_corners=False if smooth else None,
+            )[0]
+            pixels = pixels.clamp(0, 1) if image.dtype == torch.uint8 else pixels
+        return self._cut(pixels)
+
+    def _from_pil(self, image: Any) -> Tensor:
+        # Whoever holds a PIL image has imported PIL; whoever has not needs no PIL to be told so.
+        pil = sys.modules.get("PIL.Image")
+        if pil is None or not isinstance(image, pil.Image):
+            raise TypeError(f"image: expected a PIL image or a tensor, got {describe(image)}")
+        if len(self.mean) != 3:
+            raise ValueError(f"image: expected a tensor of {len(self.mean)} channels, got a PIL image")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            ground = pil.new("RGBA", image.size, (*self.background, 255))
+            ground.alpha_composite(image.convert("RGBA"))
+            image = ground
+        image = image.convert("RGB")
+        height, width = self._resized(image.height, image.width)
+        if image.size != (width, height):
+            image = image.resize((width, height), PIL_FILTERS[self.interpolation])
+        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return self._cut(raw.view(height, width, 3).permute(2, 0, 1).float() / 255)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """(height, width) of a `size` entry of transformers: a number, a pair, or named sides."""
+    if isinstance(size, Mapping):
+        if "shortest_edge" in size:
+            return int(size["shortest_edge"]), int(size["shortest_edge"])
+        if "height" not in size or "width" not in size:
+            raise ValueError(f"size: expected height and width or shortest_edge, got {dict(size)}")
+        return int(size["height"]), int(size["width"])
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
