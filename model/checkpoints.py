@@ -323,9 +323,8 @@ def _untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
             continue
         first[place] = name
         value = value.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory: views, such as Q of one fused QKV buffer, are copied.
-        storage = value.untyped_storage()
-        if storage.nbytes() > value.numel() * value.element_size() or storage.data_ptr() in storages:
+        # safetensors refuses tensors that share memory, as Q, K and V of one fused buffer do: copy them.
+        if value.untyped_storage().data_ptr() in storages:
             value = value.clone()
         storages.add(value.untyped_storage().data_ptr())
         kept[name] = value

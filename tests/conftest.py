@@ -1,0 +1,68 @@
+"""What every test gets: a seed of its own that is printed, and a skip where a GPU is needed and absent."""
+
+import os
+import random
+import zlib
+
+import numpy
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: more than one thread each would only make them wait for one another.
+    torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="another draw for every random test (default 0)")
+
+
+def pytest_report_header(config):
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"torch {torch.__version__}, GPU: {gpu}, --seed={config.getoption('--seed')}"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """Seed Python, NumPy and torch with a number that depends on the test's name and on --seed.
+
+    So a test draws the same numbers alone as in the whole suite, in any order. pytest shows the line when the
+    test fails.
+    """
+    number = zlib.crc32(request.node.nodeid.encode()) ^ request.config.getoption("--seed")
+    random.seed(number)
+    numpy.random.seed(number)
+    torch.manual_seed(number)
+    print(f"seed {number}: random, numpy and torch (repeat with --seed={request.config.getoption('--seed')})")
+    return number
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Let uninitialised memory hold NaN, or the dtype's largest integer: an output nobody wrote cannot pass.
+
+    Covers torch.empty, empty_like, empty_strided and Tensor.new_empty, called from Python.
+    """
+
+    def poison(function):
+        def poisoned(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.is_meta or tensor.dtype == torch.bool:
+                return tensor
+            with torch.no_grad():
+                if tensor.is_floating_point() or tensor.is_complex():
+                    return tensor.fill_(float("nan"))
+                return tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return poisoned
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
