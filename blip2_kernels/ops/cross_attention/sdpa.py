@@ -1,6 +1,5 @@
 """Backend `torch`: cross-attention through scaled_dot_product_attention."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +19,6 @@ def cross_attention_sdpa(
     if visible is not None:
         hidden = ~visible[:, :, None, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    if q.numel() == 0 or k.shape[1] == 0:
-        return torch.zeros_like(q)
     if k.shape[0] == 1 and samples > 1:
         # One image: its samples are stacked as one long query, so that keys and values are read once.
         stacked = _attend(q.flatten(0, 1)[None], k, v, visible, scale)

@@ -41,11 +41,8 @@ def self_attention_sdpa(
 ) -> Tensor:
     """See `self_attention`; dropout is not served."""
     if not kv_layout.texts and not q_layout.texts:
-        shape = (q_layout.samples, -1, *q.shape[1:])
-        split = (t.unflatten(0, shape[:2]).transpose(1, 2) if t.numel() else None for t in (q, k, v))
-        query, key, value = split
-        if query is None or key is None:
-            return torch.zeros_like(q)
+        sides = ((q, q_layout), (k, kv_layout), (v, kv_layout))
+        query, key, value = (layout.unpack_queries(t).transpose(1, 2) for t, layout in sides)
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(0, 1)
 
     q_rows, kv_rows = q_layout.dense(), kv_layout.dense()
@@ -67,8 +64,6 @@ def self_attention_sdpa(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    if query.numel() == 0 or key.numel() == 0:
-        return torch.zeros_like(query)
     # Looking at the values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
     full = allowed.device.type == "cpu" and bool(allowed.all())
     return F.scaled_dot_product_attention(query, key, value, attn_mask=None if full else allowed, scale=scale)
