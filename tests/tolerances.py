@@ -10,7 +10,7 @@ from torch import Tensor
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 WHOLE_MODEL = {torch.float64: 1e-10, torch.float32: 1e-4}
 WHOLE_MODEL_FLOOR = 1e-6
-"""Of the largest gradient of all: below it a gradient is rounding noise (those of key biases are exactly 0)."""
+"""Of the largest gradient of all: below it a gradient is rounding noise (key biases have exactly 0)."""
 
 
 def max_error(value: Tensor, truth: Tensor) -> float:
