@@ -51,7 +51,7 @@ test-quick: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@echo "== bench: attention backends; a wrong result fails and is not timed"
-	@$(BIN)/python -m pytest bench $(ARGS)
+	@$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "== lint: ruff check, ruff format --check, mypy"

@@ -347,7 +347,7 @@ def test_load_into_names_every_misfit_and_changes_nothing():
     assert "positions (expected int64 [5], got float32 [5])" in text
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
-    with pytest.raises(CheckpointError, match=r"2 mis-shaped: linear\.weight") as caught:
+    with pytest.raises(CheckpointError, match="2 mis-shaped: positions") as caught:
         load_into(model, state, strict=False)
     assert "missing" not in str(caught.value)
     del state["linear.weight"], state["positions"]
