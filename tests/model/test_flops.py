@@ -1,8 +1,8 @@
 """What a step of the reference path costs at full size: counted, never timed.
 
 BERT-base Q-Former (12 layers, every second one with cross-attention), 32 queries, text padded to 32, image
-width 1408. A multiplication and an addition of a matrix product are one FLOP each; softmax, norms, activations
-and lookups count nothing. Per image-text pair of a batch, forward, in GFLOP:
+width 1408. A multiplication and an addition of a matrix product are one FLOP each; softmax, norms, lookups
+and activations count nothing. Per image-text pair of a batch, forward, in GFLOP:
 
     image tokens   image pass   text pass   matching, 3 rows   caption behind cache   heads      sum
              257        12.75        5.47              54.89                   5.51    1.55    80.17
