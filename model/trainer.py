@@ -143,6 +143,7 @@ class Blip2Trainer(Trainer):
         self.late_grad_norm: tuple[dict[str, float], Readback] | None = None
         self.last_checkpoint = settings.resume_from
         self.resumed: Checkpoint | None = None
+        self.config = _checkpoint_config(model, settings)
         self.history_file: HistoryFile
         self._grad_norm: Any = None
         super().__init__(
@@ -284,17 +285,13 @@ class Blip2Trainer(Trainer):
         if self.is_world_process_zero():
             tensors, groups = optimizer_state(self.adamw, self.trained)
             generators = {f"{r}.{n}": v for r, state in enumerate(random_states) for n, v in state.items()}
-            config = self.settings.checkpoint_config
-            if config is None:
-                own = getattr(self.trained, "config", None)
-                config = own.to_dict() if hasattr(own, "to_dict") else {}
             with tempfile.TemporaryDirectory() as folder:
                 self.state.save_to_json(os.path.join(folder, "state.json"))
                 state = json.loads(Path(folder, "state.json").read_text())
             save_checkpoint(
                 path,
                 trainable_state(self.trained),
-                config=config,
+                config=self.config,
                 metadata={
                     "step": self.state.global_step,
                     "model": type(self.trained).__name__,
@@ -468,6 +465,18 @@ def run(model: nn.Module, dataset: Any, settings: Settings) -> TrainResult:
     result.steps = trainer.state.global_step
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _checkpoint_config(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """What checkpoints say about the model; asked for at the start, so that a fault costs no training."""
+    config = settings.checkpoint_config
+    if config is None:
+        own = getattr(model, "config", None)
+        config = own.to_dict() if hasattr(own, "to_dict") else {}
+    try:
+        return json.loads(json.dumps(config))  # keys become strings, tuples lists, as they will come back
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"checkpoint_config: expected what JSON can hold: {error}") from error
 
 
 def _figures(row: Mapping[str, float]) -> str:
