@@ -1,0 +1,173 @@
+"""The trained part of stage 2: from an image to the soft prompt of a language model (paper, figure 3)."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2_kernels.checks import check_binary, check_tensor, describe
+from blip2_kernels.layout import MASK_DTYPES
+
+from .generation_config import Blip2GenerationConfig
+from .qformer import QFormerModel
+from .qformer_text import FLOATING, TOKEN_IDS
+from .vision import FrozenVisionEncoder
+
+__all__ = ["SoftPromptModel", "check_text", "copy_weights"]
+
+
+class SoftPromptModel(nn.Module):
+    """Image encoder (frozen), ln_vision, Q-Former with its queries, and the projection to a text's width.
+
+    Args:
+        config: of the Q-Former.
+        text_width: D, width of the language model's embeddings.
+        vision_model: a `FrozenVisionEncoder`, or a module to make one of; None where callers pass
+            `image_features`. If it brings a trained `ln_vision` along, that is where this one starts.
+        use_fused: run the Q-Former through the fused encoder.
+
+    Raises:
+        TypeError: vision_model is no module.
+        ValueError: vision_model has another width than the Q-Former reads.
+    """
+
+    def __init__(
+        self,
+        config: Blip2GenerationConfig,
+        text_width: int,
+        vision_model: nn.Module | None = None,
+        use_fused: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        qformer = config.qformer
+        if vision_model is not None and not isinstance(vision_model, FrozenVisionEncoder):
+            vision_model = FrozenVisionEncoder(vision_model)
+        self.vision_model = vision_model
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer.hidden_size))
+        nn.init.normal_(self.query_tokens, std=qformer.initializer_range)
+        self.ln_vision = nn.LayerNorm(qformer.encoder_hidden_size, eps=config.vision_layer_norm_eps)
+        if vision_model is not None and vision_model.layer_norm is not None:
+            trained = vision_model.layer_norm
+            if trained.normalized_shape != self.ln_vision.normalized_shape:
+                raise ValueError(
+                    f"vision_model: expected features of width {qformer.encoder_hidden_size} "
+                    f"(encoder_hidden_size), got {trained.normalized_shape[0]}"
+                )
+            self.ln_vision.load_state_dict(trained.state_dict())
+        self.qformer = QFormerModel(qformer, use_fused=use_fused)
+        self.language_projection = nn.Linear(qformer.hidden_size, text_width)
+        self.register_load_state_dict_pre_hook(_read_transformers_names)
+
+    @property
+    def use_fused(self) -> bool:
+        """Whether the Q-Former runs fused and the head sees supervised rows only."""
+        return self.qformer.use_fused
+
+    @use_fused.setter
+    def use_fused(self, value: bool) -> None:
+        self.qformer.use_fused = value
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """What training changes: `query_tokens`, `ln_vision`, `qformer`, `language_projection`. Load it back
+        with `load_state_dict(..., strict=False)` or `checkpoints.load_into`."""
+        frozen = ("language_model.", "vision_model.")
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
+
+    def soft_prompt(
+        self,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        *,
+        image_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the language model gets to see of each image, [B, Q, D] in the projection's dtype.
+
+        Args:
+            pixel_values: what the image encoder takes; or
+            image_features: [B, N, encoder_hidden_size], its output before `ln_vision`.
+            image_mask: 0/1 [B, N], image tokens that may be read; default all.
+            qformer_input_ids: integers [B, T_q], the instruction (InstructBLIP only).
+            qformer_attention_mask: 0/1 [B, T_q]; default all 1.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or value.
+        """
+        features = self._features(pixel_values, image_features)
+        batch = features.shape[0]
+        queries = self.query_tokens.expand(batch, -1, -1)
+        text: dict[str, Any] = {}
+        if qformer_input_ids is None:
+            if qformer_attention_mask is not None:
+                raise ValueError("qformer_attention_mask: expected qformer_input_ids beside it, got None")
+        elif not self.config.is_instruct:
+            raise ValueError(
+                "qformer_input_ids: expected None, since only a Q-Former with an InstructBlipQFormerConfig "
+                f"reads an instruction, got {describe(qformer_input_ids)}"
+            )
+        else:
+            mask = check_text("qformer_", qformer_input_ids, qformer_attention_mask, batch)
+            ones = mask.new_ones(batch, queries.shape[1])
+            text = {"input_ids": qformer_input_ids, "attention_mask": torch.cat([ones, mask], dim=1)}
+        features = self.ln_vision(features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype))
+        hidden = self.qformer(
+            queries, encoder_hidden_states=features, encoder_attention_mask=image_mask, **text
+        ).last_hidden_state[:, : queries.shape[1]]
+        return self.language_projection(hidden.to(self.language_projection.weight.dtype))
+
+    def _features(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+        if (pixel_values is None) == (image_features is None):
+            got = "neither" if image_features is None else "both"
+            raise ValueError(f"image_features: expected image_features or pixel_values, got {got}")
+        name = "image_features"
+        if image_features is None:
+            if self.vision_model is None:
+                raise ValueError(
+                    "pixel_values: expected image_features, since this model has no vision_model"
+                )
+            name, image_features = "features of vision_model", self.vision_model(pixel_values)
+        width = self.config.qformer.encoder_hidden_size
+        check_tensor(name, image_features, ["batch", "tokens", width], FLOATING)
+        if 0 in image_features.shape:
+            raise ValueError(
+                f"{name}: expected at least one token of one image, got {describe(image_features)}"
+            )
+        return image_features
+
+
+def copy_weights(part: nn.Module, source: nn.Module) -> None:
+    """Copy the weights that `part` has from `source`, with their dtype and device."""
+    theirs = source.state_dict()
+    missing = sorted(part.state_dict().keys() - theirs.keys())
+    if missing:
+        raise ValueError(f"weights: expected {', '.join(missing)}, got none of that name")
+    first = next(source.parameters())
+    part.to(first.device, first.dtype)
+    part.load_state_dict({name: theirs[name] for name in part.state_dict()})
+
+
+def check_text(prefix: str, input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> Tensor:
+    """Check ids [batch, T] and their 0/1 mask; return the mask, all 1 by default."""
+    check_tensor(f"{prefix}input_ids", input_ids, [batch, "tokens"], TOKEN_IDS)
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    name = f"{prefix}attention_mask"
+    check_tensor(name, attention_mask, input_ids.shape, MASK_DTYPES, input_ids.device)
+    check_binary(name, attention_mask)
+    return attention_mask.to(input_ids.dtype)
+
+
+def _read_transformers_names(
+    module: SoftPromptModel, state_dict: MutableMapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Load hook: transformers' names of the image encoder become ours."""
+    vision, norm = f"{prefix}vision_model.", f"{prefix}vision_model.post_layernorm."
+    for name in [name for name in state_dict if name.startswith(vision)]:
+        rest = name.removeprefix(vision)
+        if name.startswith(norm):
+            state_dict[f"{prefix}ln_vision.{name.removeprefix(norm)}"] = state_dict.pop(name)
+        elif module.vision_model is not None and not rest.startswith("module."):
+            state_dict[f"{vision}module.{rest}"] = state_dict.pop(name)
