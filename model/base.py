@@ -3,6 +3,8 @@
 Image alone (ITC, captions), text alone (ITC), image and text together (ITM): paper section 3.1, figure 2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,18 @@ from .qformer_text import FLOATING, TOKEN_IDS
 
 if TYPE_CHECKING:
     from .config import Blip2PreTrainingConfig
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass(frozen=True)

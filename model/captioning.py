@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -20,21 +20,9 @@ from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
-from .base import Blip2Base
+from .base import Blip2Base, evaluation_mode
 from .qformer import QFormerCache
 from .qformer_text import TOKEN_IDS
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class CaptionConfig(PreTrainedConfig):
