@@ -227,6 +227,9 @@ class QFormerModel(nn.Module):
                 "past_key_values: expected text rows only (query_length=0) under MULTIMODAL_CAUSAL behind a "
                 f"filled cache, got query_length={query_length} under {mask.name}"
             )
+        if past and past_key_values.layers[0].keys.shape[0] != batch:
+            cached = past_key_values.layers[0].keys.shape[0]
+            raise ValueError(f"past_key_values: expected a cache of {batch} samples, got one of {cached}")
         num_queries = past_key_values.num_queries if past else query_length
         heads = self.config.num_attention_heads
         attention_mask = _check_attention_mask(attention_mask, batch, heads, length, past + length)
@@ -268,20 +271,23 @@ class QFormerModel(nn.Module):
 
         hidden = self.embedding_layernorm(hidden)
         hidden = drop_hidden(hidden, self.embedding_dropout, dropout, 0, Site.EMBEDDINGS)
-        states, attentions, cross_attentions = [hidden], [], []
+        states, attentions, cross_attentions = [], [], []
         for layer in self.encoder.layer:
+            # Kept only where asked for: the maps of all layers together dwarf the hidden states.
+            if output_hidden_states:
+                states.append(hidden)
             hidden, self_probs, cross_probs = layer(
                 hidden, allowed, query_length, image, image_allowed, past_key_values, dropout
             )
-            states.append(hidden)
-            attentions.append(self_probs)
-            if cross_probs is not None:
-                cross_attentions.append(cross_probs)
+            if output_attentions:
+                attentions.append(self_probs)
+                if cross_probs is not None:
+                    cross_attentions.append(cross_probs)
         return QFormerOutput(
             last_hidden_state=hidden,
             pooler_output=hidden[:, 0],
             past_key_values=past_key_values,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )

@@ -385,6 +385,8 @@ class TestBadInput:
         text = torch.randn(2, 1, WIDTH)
         with pytest.raises(ValueError, match=r"past_key_values: .*MULTIMODAL_CAUSAL.*got .*BIDIRECTIONAL"):
             model(text, past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values: expected a cache of 3 samples, got one of 2"):
+            model(text[:1].expand(3, -1, -1), past_key_values=cache, mask=MaskMode.MULTIMODAL_CAUSAL)
         with pytest.raises(ValueError, match=r"past_key_values: .*query_length=1"):
             images = arguments["encoder_hidden_states"]
             model(text, None, images, query_length=1, past_key_values=cache, mask=MaskMode.MULTIMODAL_CAUSAL)
