@@ -1,0 +1,124 @@
+"""What a training step sees: scenes as features and freshly told captions, and batches in which twins meet."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .scenes import Scene
+
+
+class SceneDataset(Dataset):
+    """Features [tokens, width] and the scene of each picture.
+
+    Args:
+        features: [n, tokens, width], as cached.
+        scenes: n scenes.
+    """
+
+    def __init__(self, features: Tensor, scenes: Sequence[Scene]) -> None:
+        if len(features) != len(scenes):
+            raise ValueError(f"features: expected {len(scenes)}, one a scene, got {len(features)}")
+        self.features, self.scenes = features, scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Scene]:
+        return self.features[index], self.scenes[index]
+
+
+class TwinBatches:
+    """Batches of indices in which scenes of the same two things meet, so that negatives that differ by the relation
+    alone are in the batch. ITM draws its negatives from the contrastive similarities; ITC tells relations apart badly,
+    so what it draws are mostly these twins.
+
+    Args:
+        groups: of each scene, as `Splits.twins`.
+        batch_size: scenes a batch; the rest of an epoch is dropped.
+        seed: decides the order together with the epoch.
+    """
+
+    def __init__(self, groups: Sequence[int], batch_size: int, seed: int = 0) -> None:
+        if not 1 <= batch_size <= len(groups):
+            raise ValueError(
+                f"batch_size: expected 1 to {len(groups)} (the scenes there are), got {batch_size}"
+            )
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        members: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        self.groups = list(members.values())
+        self.total = len(groups)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.total // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = [index for group in rng.sample(self.groups, len(self.groups)) for index in group]
+        for batch in range(len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def tell(scene: Scene, rng: Any = random) -> str:
+    """The scene's caption, told from either of its two things."""
+    return (scene.swapped() if len(scene.things) == 2 and rng.random() < 0.5 else scene).caption()
+
+
+class Stage1Collate:
+    """Scenes to what `Blip2ForPreTraining.forward` takes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: list[tuple[Tensor, Scene]]) -> dict[str, Tensor]:
+        texts = self.tokenizer([tell(scene) for _, scene in samples], padding=True, return_tensors="pt")
+        return {
+            "input_ids": texts["input_ids"],
+            "attention_mask": texts["attention_mask"],
+            "image_features": torch.stack([features for features, _ in samples]).float(),
+        }
+
+
+PROMPT = "An image of"
+"""What the language model reads behind the soft prompt; never supervised."""
+
+
+class Stage2Collate:
+    """Scenes to what `Blip2ForConditionalGeneration.forward` takes: "An image of a banana left of a car." and the
+    end-of-text token, of which the prompt is not supervised.
+
+    Args:
+        tokenizer: the language model's.
+        features: a fixed [1, tokens, width] instead of each scene's own (the prompt-only baseline).
+    """
+
+    def __init__(self, tokenizer: Any, features: Tensor | None = None) -> None:
+        self.tokenizer, self.features = tokenizer, features
+        self.prompt_ids: list[int] = tokenizer(PROMPT)["input_ids"]
+
+    def texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids int64 [n, T], their mask and the lengths of the prompts."""
+        end = self.tokenizer.eos_token_id
+        rows = [self.tokenizer(f"{PROMPT} {caption}.")["input_ids"] + [end] for caption in captions]
+        longest = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([row + [end] * (longest - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            "prompt_lengths": torch.full((len(rows),), len(self.prompt_ids)),
+        }
+
+    def __call__(self, samples: list[tuple[Tensor, Scene]]) -> dict[str, Tensor]:
+        features = torch.stack([features for features, _ in samples]).float()
+        if self.features is not None:
+            features = self.features.float().expand(len(samples), -1, -1)
+        return {**self.texts([tell(scene) for _, scene in samples]), "image_features": features}
