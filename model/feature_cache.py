@@ -139,6 +139,11 @@ class FeatureCache:
         self.root = Path(directory)
         self._open_for: str | None = None
         self._shards: dict[str, Path] = {}
+        self._files: dict[Path, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay behind: a data loader's worker opens its own.
+        return {**self.__dict__, "_files": {}}
 
     @property
     def directory(self) -> Path:
@@ -238,13 +243,17 @@ class FeatureCache:
         Args:
             hashes: as `image_sha256` or `EncodingReport.hashes` give them; repeats are fine.
 
+        Cheap enough to be called for each sample of a data set: shards stay memory-mapped, and whether the
+        encoder's weights have changed is looked at by `prepare` and `encode`, not here.
+
         Returns:
             [len(hashes), tokens, width] in the cache's dtype, on the CPU; [0, 0, 0] for none.
 
         Raises:
             KeyError: not in the cache; all that are missing are counted, the first is named.
         """
-        self._open()
+        if self._open_for is None:
+            self._open()
         missing = [key for key in hashes if key not in self._shards]
         if missing:
             raise KeyError(
@@ -255,12 +264,13 @@ class FeatureCache:
             places.setdefault(self._shards[key], []).append(place)
         features = torch.empty(0, 0, 0, dtype=self.dtype)
         for path, rows in places.items():
-            with safe_open(path, framework="pt") as file:
-                for row in rows:
-                    tensor = file.get_tensor(hashes[row])
-                    if not features.numel():
-                        features = torch.empty(len(hashes), *tensor.shape, dtype=self.dtype)
-                    features[row] = tensor
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            for row in rows:
+                tensor = self._files[path].get_tensor(hashes[row])
+                if not features.numel():
+                    features = torch.empty(len(hashes), *tensor.shape, dtype=self.dtype)
+                features[row] = tensor
         return features
 
     def _pixels(self, image: Any) -> Tensor:
@@ -301,7 +311,7 @@ class FeatureCache:
         directory = self.directory
         if self._open_for == str(directory):
             return []
-        self._shards, damaged = {}, []
+        self._shards, self._files, damaged = {}, {}, []
         for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else []:
             with open(path, "rb") as file:
                 intact = hashlib.file_digest(file, "sha256").hexdigest() == path.stem

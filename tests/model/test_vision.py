@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import sys
 import types
 
@@ -368,6 +369,17 @@ def test_second_run_encodes_nothing(tmp_path, encoder):
     torch.testing.assert_close(reordered, features.flip(0), rtol=0, atol=0)
     assert len(again) == 10
     assert image_sha256(pictures[3]) in again
+
+
+def test_a_cache_travels_to_data_loader_workers(tmp_path, encoder):
+    pictures = [Image.new("RGB", (9, 9), (i, 0, 0)) for i in range(5)]
+    cache = FeatureCache(tmp_path, encoder, shard_size=2)
+    features, report = cache.encode(pictures, batch_size=2)
+    there = pickle.loads(pickle.dumps(cache))
+    encoder.module.calls = 0
+    order = [report.hashes[i] for i in (3, 0, 3, 4)]
+    torch.testing.assert_close(there.load(order), features[[3, 0, 3, 4]], rtol=0, atol=0)
+    assert encoder.module.calls == 0
 
 
 def test_cache_is_keyed_by_encoder_and_dtype(tmp_path, encoder):
