@@ -1,6 +1,7 @@
 """cross_attention: every backend against attention written out, with shared, padded and unseen images."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -111,6 +112,21 @@ def test_strided_views_of_one_projection(backend):
     assert max_error(direct, truth[0]) < 1e-13
     for a, b in zip(got, truth, strict=True):
         assert max_error(a, b) < 1e-13
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_the_op_changes_nothing(backend, dtype):
+    torch.manual_seed(0)
+    tensors = draw(dtype=dtype, images=4)
+
+    def attend(q, k, v, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return cross_attention(q, k, v, backend=backend)
+
+    results = [gradients(partial(attend, enabled=enabled), tensors) for enabled in (False, True)]
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b)
 
 
 def test_dropout_is_the_contract():

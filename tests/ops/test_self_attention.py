@@ -151,6 +151,22 @@ def test_poison_in_padding_changes_no_bit(backend, poison, mode):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_the_op_changes_nothing(backend, dtype):
+    torch.manual_seed(0)
+    layout = TokenLayout.from_attention_masks(2, masks_of_lengths([[3, 1]], 4))
+    tensors = draw(layout.rows, dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = self_attention(*leaves, layout, layout, AttentionMask((C,)), backend=backend)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_see_nothing_give_zero_and_no_gradient(backend):
     torch.manual_seed(0)
     layout = TokenLayout.from_attention_masks(0, [torch.tensor([[0, 0, 0], [1, 1, 0]])], padded=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...checks import check_binary, check_tensor, describe
 from ...layout import MASK_DTYPES, padded_row_keys
 from ..backends import choose_backend
-from ..dense_attention import check_dropout, check_projections, check_scale
+from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
 from . import sdpa
 from .reference import cross_attention_reference
 
@@ -68,13 +68,15 @@ def cross_attention(
     scale = check_scale(scale, q.shape[-1])
     chosen = choose_backend(backend, {"torch": partial(sdpa.supports, dropout), "reference": lambda: None})
     if chosen == "torch":
-        return sdpa.cross_attention_sdpa(q, k, v, image_index, visible, scale=scale)
+        with no_autocast(q.device):
+            return sdpa.cross_attention_sdpa(q, k, v, image_index, visible, scale=scale)
     if row_keys is None:
         row_keys = padded_row_keys(samples, queries, device=q.device)
     if image_index is None:
         image_index = torch.arange(samples, dtype=torch.int32, device=q.device)
     options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
-    return cross_attention_reference(q, k, v, image_index, visible, row_keys, **options)
+    with no_autocast(q.device):
+        return cross_attention_reference(q, k, v, image_index, visible, row_keys, **options)
 
 
 def _check_image_index(

@@ -1,7 +1,8 @@
 """Backend `torch`: cross-attention through scaled_dot_product_attention."""
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..dense_attention import attend_torch
 
 
 def supports(dropout: float) -> str | None:
@@ -33,4 +34,4 @@ def cross_attention_sdpa(
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     mask = None if visible is None else visible[:, None, None, :].expand(-1, 1, q.shape[1], -1)
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+    return attend_torch(query, key, value, mask, scale).transpose(1, 2)

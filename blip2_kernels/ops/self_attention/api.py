@@ -8,7 +8,7 @@ from ...checks import describe
 from ...layout import TokenLayout
 from ...mask import AttentionMask
 from ..backends import choose_backend
-from ..dense_attention import check_dropout, check_projections, check_scale
+from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
 from . import sdpa
 from .reference import self_attention_reference
 
@@ -57,10 +57,11 @@ def self_attention(
     check_dropout(dropout, dropout_key, layer)
     scale = check_scale(scale, q.shape[-1])
     chosen = choose_backend(backend, {"torch": partial(sdpa.supports, dropout), "reference": lambda: None})
-    if chosen == "torch":
-        return sdpa.self_attention_sdpa(q, k, v, q_layout, kv_layout, mask, scale=scale)
-    options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
-    return self_attention_reference(q, k, v, q_layout, kv_layout, mask, **options)
+    with no_autocast(q.device):
+        if chosen == "torch":
+            return sdpa.self_attention_sdpa(q, k, v, q_layout, kv_layout, mask, scale=scale)
+        options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
+        return self_attention_reference(q, k, v, q_layout, kv_layout, mask, **options)
 
 
 def _check_layouts(

@@ -3,11 +3,11 @@
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout import TokenLayout
 from ...mask import AttentionMask, MaskMode
+from ..dense_attention import attend_torch
 
 QUERIES = -1
 
@@ -43,7 +43,7 @@ def self_attention_sdpa(
     if not kv_layout.texts and not q_layout.texts:
         sides = ((q, q_layout), (k, kv_layout), (v, kv_layout))
         query, key, value = (layout.unpack_queries(t).transpose(1, 2) for t, layout in sides)
-        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(0, 1)
+        return attend_torch(query, key, value, None, scale).transpose(1, 2).flatten(0, 1)
 
     q_rows, kv_rows = q_layout.dense(), kv_layout.dense()
     query, key, value = q_rows.spread(q), kv_rows.spread(k), kv_rows.spread(v)
@@ -66,7 +66,7 @@ def self_attention_sdpa(
 def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
     # Looking at the values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
     full = allowed.device.type == "cpu" and bool(allowed.all())
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if full else allowed, scale=scale)
+    return attend_torch(query, key, value, None if full else allowed, scale)
 
 
 def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> list[tuple[int, int]]:
