@@ -49,7 +49,7 @@ if __name__ == "__main__":
     import transformers
     import transformers.modeling_utils
 
-    for lazy in ("AutoModelForCausalLM", "Blip2QFormerConfig", "InstructBlipQFormerConfig"):
+    for lazy in ("AutoModelForCausalLM", "Blip2QFormerConfig", "InstructBlipQFormerConfig", "Trainer"):
         getattr(transformers, lazy)
     assert not torch.cuda.is_available()
     already = [name for name in sys.modules if name.startswith("blip2_kernels")]

