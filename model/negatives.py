@@ -95,7 +95,7 @@ def check_negatives(negatives: object, positives: Tensor) -> Negatives:
         got = f"{len(negatives)} values" if isinstance(negatives, Sequence) else describe(negatives)
         raise TypeError(f"negatives: expected a pair (image_index, text_index), got {got}")
     batch = positives.shape[0]
-    checked = []
+    checked: list[Tensor] = []
     for name, index in zip(("image_index", "text_index"), negatives, strict=True):
         dtypes = INDEX_DTYPES if not checked else [negatives[0].dtype]
         check_tensor(f"negatives ({name})", index, [batch], dtypes)

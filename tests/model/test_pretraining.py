@@ -21,7 +21,7 @@ from pretraining_cases import (
     small_model,
     some_negatives,
 )
-from tolerances import WHOLE_MODEL, WHOLE_MODEL_FLOOR, max_error
+from tolerances import WHOLE_MODEL, WHOLE_MODEL_FLOOR, assert_yardstick, max_error
 
 from blip2_kernels.encoder import FusedEncoder
 from blip2_kernels.model.pretraining import Blip2ForPreTraining
@@ -396,3 +396,21 @@ def test_a_trained_model_captions_what_it_was_shown():
         assert caption[: caption.index(SEP)] == ids[1 : ids.index(SEP)]
     with pytest.raises(ValueError, match="num_beam"):
         model.caption(inputs["image_features"], num_beam=2)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "bf16", "fp16"])
+def test_half_precision_is_as_near_the_truth_on_both_paths(mode):
+    inputs, negatives = small_batch(), some_negatives(4)
+    truth = small_model(dtype=torch.float64)(**inputs, negatives=negatives)
+    outputs = []
+    for use_fused in (False, True):
+        dtype = {"autocast": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mode]
+        model = small_model(use_fused=use_fused, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            outputs.append(model(**inputs, negatives=negatives))
+        assert outputs[-1].loss.dtype == torch.float32
+        outputs[-1].loss.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    plain, fused = outputs
+    for name in ("image_embeds", "text_embeds", "itm_logits"):
+        assert_yardstick(name, fused[name], plain[name], truth[name])
