@@ -58,9 +58,17 @@ def demo(
     ] = None,
 ) -> None:
     """Train both stages on pictures that pip installs, and caption pictures never seen."""
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # before torch looks: every part of the demo takes what it sees
+        )
+    elif device == "cuda":
+        _device("cuda")
     from .demo import run
 
-    run(quick=quick, seed=seed, output=output, device=device, use_fused=use_fused, cache_dir=cache_dir)
+    run(output_dir=output, quick=quick, seed=seed, use_fused=use_fused, cache_dir=cache_dir)
 
 
 # --- options that both stages share ---

@@ -281,7 +281,7 @@ def caption_images(
     for start in range(0, len(images), batch_size):
         chunk = images[start : start + batch_size]
         features = features_of(trained.model, [image for _, image in chunk], device)
-        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
         if trained.stage == 1:
             words = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
             if words:

@@ -27,7 +27,7 @@ StepFunction = Callable[[nn.Module, dict[str, Any], int], Any]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss (or the gradient) became NaN or infinite; raised before the optimizer takes the step.
+    """The loss (or the gradient) became NaN or infinite; the optimizer did not take the step.
 
     Attributes:
         step: the optimizer step that was about to be taken, counted from 1.
@@ -201,9 +201,8 @@ def train(
         :class:`TrainResult`.
 
     Raises:
-        NonFiniteLossError: the loss or the gradient norm is NaN or infinite. The optimizer step is not taken
-        (a
-            non-finite gradient under a finite loss is noticed one step later on CUDA, never in a checkpoint).
+        NonFiniteLossError: the loss or the gradient norm is NaN or infinite. The parameters stay as they were
+            before the step. (On CUDA a bad gradient under a good loss is reported one step later.)
         ImportError: accelerate is missing.
         TypeError, ValueError: arguments that contradict each other or are out of range.
     """

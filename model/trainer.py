@@ -28,7 +28,7 @@ from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from .data.batches import DeviceLoader, RankBatches, ShuffledBatches, SizedRankBatches
 from .optimization import Schedule, learning_rate_factor, parameter_groups
 from .progress import ProgressBar
-from .train import LossWeights, NonFiniteLossError, StepFunction, TrainResult, loss_parts, weighted_loss
+from .train import LossWeights, NonFiniteLossError, StepFunction, TrainResult
 from .training_state import (
     CHECKPOINT_PREFIX,
     HistoryFile,
@@ -41,6 +41,7 @@ from .training_state import (
     set_random_state,
     trainable_state,
 )
+from .training_step import Readback, TrainingStep, reads_late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,52 +85,6 @@ class Settings:
     find_unused_parameters: bool
 
 
-class TrainingStep(nn.Module):
-    """A model and its weighted loss as one module, so that several ranks synchronise whatever the step
-    computes.
-
-    It also keeps the Trainer away from `model.config`, which is ours and frozen.
-    """
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        super().__init__()
-        self.model = model
-        self.step_function = settings.step_function
-        self.loss_weights = settings.loss_weights
-
-    def forward(self, batch: dict[str, Any], step: int, keep_zero: bool) -> tuple[Tensor, Tensor, list[str]]:
-        """The loss, the detached parts fp32 [parts] (the loss first) and their names."""
-        if self.step_function is not None:
-            output = self.step_function(self.model, batch, step)
-        else:
-            output = self.model(**batch)
-        parts = loss_parts(output)
-        weights = self.loss_weights(step) if callable(self.loss_weights) else self.loss_weights
-        loss = weighted_loss(parts, weights, keep_zero)
-        names = [name for name in parts if name != "loss"]
-        figures = [loss, *(parts[name] for name in names)]
-        return loss, torch.stack([figure.detach().float() for figure in figures]), names
-
-
-class Readback:
-    """Device figures on their way to the host, without holding up what is launched after them."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event: Any = None
-        if values.device.type == "cuda":
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._host.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = values
-
-    def read(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
-
-
 class Blip2Trainer(Trainer):
     """See the module's description."""
 
@@ -145,9 +100,13 @@ class Blip2Trainer(Trainer):
         self.resumed: Checkpoint | None = None
         self.config = _checkpoint_config(model, settings)
         self.history_file: HistoryFile
+        self.adamw: torch.optim.AdamW
+        self.factor: Callable[[int], float]
+        self.optimizer: Any
+        self.lr_scheduler: Any
         self._grad_norm: Any = None
         super().__init__(
-            model=TrainingStep(model, settings),
+            model=TrainingStep(model, settings.step_function, settings.loss_weights),
             args=arguments,
             train_dataset=dataset,
             data_collator=settings.collate or default_collate,
@@ -207,9 +166,9 @@ class Blip2Trainer(Trainer):
                 weight_decay_filter=settings.weight_decay_filter,
                 learning_rate_multipliers=settings.learning_rate_multipliers,
             )
-            fused = self.args.device.type in ("cpu", "cuda")  # elsewhere torch may not have it
-            self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=fused)
-            self.adamw = self.optimizer
+            fused: bool = self.args.device.type in ("cpu", "cuda")  # elsewhere torch may not have it
+            self.adamw = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=fused)
+            self.optimizer = self.adamw
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -226,6 +185,7 @@ class Blip2Trainer(Trainer):
                     final_factor=final,
                 )
 
+            self.factor = factor
             self.lr_scheduler = LambdaLR(self.adamw, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -250,13 +210,17 @@ class Blip2Trainer(Trainer):
         self.micro_batches.clear()
         means = [sum(values) / len(read) for values in zip(*read, strict=True)]
         row: dict[str, float] = {"step": step, **dict(zip(["loss", *self.names], means, strict=True))}
-        row["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-        self.refuse_nonfinite(row, ["loss", *self.names])
+        row["learning_rate"] = self.settings.learning_rate * self.factor(step - 1)
         self.read_late_grad_norm()
-        if isinstance(self._grad_norm, Tensor) and self._grad_norm.device.type == "cuda":
-            self.late_grad_norm = (row, Readback(self._grad_norm.detach().reshape(1)))
-        elif self._grad_norm is not None:
-            row["grad_norm"] = float(self._grad_norm)
+        self.refuse_nonfinite(row, ["loss", *self.names])
+        norm = self._grad_norm
+        if isinstance(norm, Tensor) and reads_late(norm.device):
+            # The host does not wait for the backward pass: the fused optimizer leaves everything as it is
+            # where `found_inf` is 1, and the figure is looked at one step later.
+            self.adamw.found_inf = (~norm.detach().isfinite()).float()
+            self.late_grad_norm = (row, Readback(norm.detach().reshape(1)))
+        elif norm is not None:
+            row["grad_norm"] = float(norm)
             self.refuse_nonfinite(row, ["grad_norm"])
         self.row = row
 

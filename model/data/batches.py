@@ -77,7 +77,7 @@ class DeviceLoader(DataLoader):
 
     target: torch.device
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         for batch in super().__iter__():
             yield {
                 name: value.to(self.target, non_blocking=True) if isinstance(value, Tensor) else value

@@ -89,7 +89,9 @@ def read_manifest(
     else:
         raise ValueError(f"manifest: expected {', '.join(readers)} or a folder, got {path.name!r}")
 
-    manifest, numbers, present = Manifest(), {}, {}
+    manifest = Manifest()
+    numbers: dict[str, int] = {}
+    present: dict[Path, bool] = {}
     for place, entry in entries:
         try:
             if isinstance(entry, str):
@@ -141,8 +143,8 @@ def _checked(entry: Any, image_key: str, caption_key: str) -> tuple[str, list[st
     captions = [" ".join(caption.split()) for caption in captions]
     if not all(captions):
         raise ValueError(f"{caption_key}: expected a text, got an empty one")
-    key = entry.get("image_id")
-    return name, captions, None if key is None else f"id {key!r}"
+    identity = entry.get("image_id")
+    return name, captions, None if identity is None else f"id {identity!r}"
 
 
 Entries = Iterator[tuple[str, Any]]  # (where it stands, the entry, or a text that says what is wrong)
@@ -153,6 +155,7 @@ def _json_lines(path: Path, image_key: str, caption_key: str) -> Entries:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            entry: Any
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:

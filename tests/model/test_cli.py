@@ -1,10 +1,12 @@
 """The command line, run as a user does, on tiny models in local folders."""
 
+import inspect
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from transformers import (  # noqa: E402
 )
 
 from blip2_kernels.model import cli  # noqa: E402
-from blip2_kernels.model.checkpoints import load_checkpoint  # noqa: E402
+from blip2_kernels.model.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from blip2_kernels.model.from_bert import LAYER_NAMES, read_bert, start_from_bert  # noqa: E402
 from blip2_kernels.model.pipeline import build_stage1, load_tokenizer, load_trained, load_vision  # noqa: E402
 from blip2_kernels.model.training_state import read_history  # noqa: E402
@@ -231,19 +233,25 @@ def test_wrong_options_and_help(capsys):
 
 
 def test_demo_hands_its_options_on(monkeypatch, capsys, tmp_path):
-    calls = []
-    demo = SimpleNamespace(run=lambda **options: calls.append(options))
-    monkeypatch.setitem(sys.modules, "blip2_kernels.model.demo", demo)
+    from blip2_kernels.model import demo
+
+    calls, signature = [], inspect.signature(demo.run)
+
+    def record(*arguments, **options):
+        calls.append(signature.bind(*arguments, **options).arguments)
+
+    monkeypatch.setattr(demo, "run", record)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     run("demo", "--quick", "--seed", 3, "--output", tmp_path, "--no-use-fused", capsys=capsys)
-    expected = {
-        "quick": True,
-        "seed": 3,
-        "output": tmp_path,
-        "device": None,
-        "use_fused": False,
-        "cache_dir": None,
-    }
-    assert calls == [expected]
+    assert calls == [
+        {"output_dir": tmp_path, "quick": True, "seed": 3, "use_fused": False, "cache_dir": None}
+    ]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    run("demo", "--device", "cpu", "--cache-dir", tmp_path, capsys=capsys)
+    assert calls[1]["cache_dir"] == tmp_path and not calls[1]["quick"] and calls[1]["use_fused"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    _, err = run("demo", "--device", "tpu", code=1, capsys=capsys)
+    assert "device: expected cpu or cuda, got 'tpu'" in err and len(calls) == 2
 
 
 def test_says_what_to_install_without_typer(monkeypatch, capsys):
@@ -314,12 +322,8 @@ def test_start_from_bert_names_everything_that_does_not_fit(parts):
 
 
 def test_a_checkpoint_is_refused_when_what_is_around_it_changed(stage1, parts, tmp_path):
-    import shutil
-
     shutil.copytree(stage1 / "checkpoint-40", tmp_path / "checkpoint-40")
     checkpoint = load_checkpoint(tmp_path / "checkpoint-40")
-    from blip2_kernels.model.checkpoints import save_checkpoint
-
     vision = {**checkpoint.config["vision"], "fingerprint": "0" * 64}
     save_checkpoint(tmp_path / "a", checkpoint.state, config={**checkpoint.config, "vision": vision})
     with pytest.raises(ValueError, match="vision: expected the encoder of the training"):

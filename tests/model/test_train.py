@@ -1,11 +1,7 @@
-"""Training: numbers of the history, the stop before a bad step, resumption to the bit, ranks, checkpoints."""
+"""Training: numbers of the history, the stop before a bad step, resumption to the bit, checkpoints."""
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -304,7 +300,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(tmp_path, fac
     load_checkpoint(error.last_checkpoint, check_finite=True)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step():
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "a step later, as on CUDA"])
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step(monkeypatch, tmp_path, late):
+    from blip2_kernels.model import trainer
+
+    monkeypatch.setattr(trainer, "reads_late", lambda device: late)
+
     class Sharp(Toy):
         def forward(self, x, y):
             output = super().forward(x, y)
@@ -316,17 +317,42 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step():
     model, before = Sharp(), []
     with pytest.raises(NonFiniteLossError) as caught:
         train(
-            model,
-            samples(),
-            max_steps=5,
-            batch_size=4,
-            on_step=lambda _: before.append(weights(model)),
-            **QUIET,
-        )
+            model, samples(), max_steps=5, batch_size=4, output_dir=tmp_path, save_every=3,
+            on_step=lambda _: before.append(weights(model)), **QUIET,
+        )  # fmt: skip
     assert caught.value.step == 3 and not math.isfinite(caught.value.parts["grad_norm"])
     assert math.isfinite(caught.value.parts["loss"])
     assert caught.value.last_checkpoint is None and "none was written" in str(caught.value)
-    assert torch.equal(weights(model), before[1])
+    assert torch.equal(weights(model), before[1]) and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_part_that_is_not_finite_stops_training_even_where_it_weighs_nothing():
+    model = toy()
+    model.fault = {"call": 2, "factor": math.nan}
+    with pytest.raises(NonFiniteLossError, match=r"step 2, .*loss_size = nan"):
+        train(model, samples(), max_steps=3, batch_size=4, loss_weights={"loss_fit": 1.0}, **QUIET)
+
+
+def test_figures_read_late_are_those_read_at_once(monkeypatch, tmp_path):
+    from blip2_kernels.model import trainer
+
+    results = []
+    for late in (False, True):
+        monkeypatch.setattr(trainer, "reads_late", lambda device, late=late: late)
+        model = toy()
+        result = train(
+            model,
+            samples(),
+            max_steps=6,
+            batch_size=4,
+            output_dir=tmp_path / str(late),
+            save_every=4,
+            **QUIET,
+        )
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+        assert all("grad_norm" in row for row in read_history(tmp_path / str(late)))
+        results.append((rows, weights(model)))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
 
 
 # --- checkpoints and resumption ---
@@ -406,65 +432,6 @@ def test_history_on_disk_survives_a_line_cut_short(tmp_path):
     path.write_text("{]\n" + path.read_text())
     with pytest.raises(ValueError, match="line 1 is not JSON"):
         read_history(tmp_path)
-
-
-# --- ranks ---
-
-RANK_SCRIPT = """
-import sys, json, torch
-sys.path[:0] = {path!r}
-from test_train import QUIET, samples, toy, weights, train
-import test_train
-model = toy(dropout={dropout})
-batches = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
-result = train(
-    model, samples(), max_steps={steps}, batch_sampler=batches, output_dir={folder!r}, save_every=1,
-    loss_weights=lambda step: {{"loss_fit": 1.0}} if step == 0 else None, resume_from={resume!r}, **QUIET,
-)
-rank = torch.distributed.get_rank()
-saved = {{"weights": weights(model), "history": result.history, "calls": model.calls}}
-torch.save(saved, {folder!r} + f"/{{rank}}.pt")
-"""
-
-
-def run_ranks(folder: Path, *, dropout: float = 0.0, steps: int = 2, resume: str | None = None) -> list[dict]:
-    script = folder / "script.py"
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    script.write_text(
-        RANK_SCRIPT.format(path=path, folder=str(folder), dropout=dropout, steps=steps, resume=resume)
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-def test_two_ranks_are_one_rank_with_both_batches(tmp_path):
-    ranks = run_ranks(tmp_path)
-    alone = toy(dropout=0.0)
-    batches = [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]
-    expected = train(
-        alone, samples(), max_steps=2, batch_sampler=batches,
-        loss_weights=lambda step: {"loss_fit": 1.0} if step == 0 else None, **QUIET,
-    )  # fmt: skip
-    assert ranks[0]["calls"] == [[0, 1, 2, 3], [8, 9, 10, 11]]
-    assert ranks[1]["calls"] == [[4, 5, 6, 7], [12, 13, 14, 15]]
-    for rank in ranks:
-        torch.testing.assert_close(rank["weights"], weights(alone), rtol=1e-5, atol=1e-6)
-        for row, wanted in zip(rank["history"], expected.history, strict=True):
-            for name in ("loss", "loss_fit", "loss_size", "learning_rate"):
-                assert row[name] == pytest.approx(wanted[name], rel=1e-5), name
-    checkpoint = load_checkpoint(tmp_path / "checkpoint-2")
-    assert {name.split(".")[0] for name in checkpoint.extra["random"]} == {"0", "1"}
-    assert not torch.equal(checkpoint.extra["random"]["0.torch"], checkpoint.extra["random"]["1.torch"])
 
 
 # --- bad input ---
