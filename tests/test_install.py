@@ -1,6 +1,5 @@
 """Installation as a user does it: `pip install .` and `-e .` in fresh environments, then the benchmarks."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from processes import clean_environment
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +19,10 @@ LEFT_BEHIND = shutil.ignore_patterns(
 
 
 def run(*command: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    # A process of pytest-xdist hands its identity down, and benchmarks would then think they are workers too.
-    environment = {k: v for k, v in environment.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=clean_environment(),
         capture_output=True,
         text=True,
     )

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import clean_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -61,9 +62,7 @@ def inside(name: str, package: str) -> bool:
 
 def fresh_import_errors(missing: set[str], modules: list[str]) -> dict[str, str]:
     command = [sys.executable, str(TESTS / "fresh_imports.py"), ",".join(sorted(missing)), *modules]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=TESTS, env=os.environ | {"PYTHONPATH": ""}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=clean_environment())
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert list(results) == modules
