@@ -140,6 +140,7 @@ class FeatureCache:
         self._open_for: str | None = None
         self._shards: dict[str, Path] = {}
         self._files: dict[Path, Any] = {}
+        self._damaged: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay behind: a data loader's worker opens its own.
@@ -186,7 +187,8 @@ class FeatureCache:
         check_int("batch_size", batch_size, 1)
         if isinstance(images, str | bytes | Path | Tensor):
             raise TypeError(f"images: expected a list of pictures, got {describe(images)}")
-        report = EncodingReport(damaged=self._open())
+        self._open()
+        report, self._damaged = EncodingReport(damaged=self._damaged), []
         total = len(images) if isinstance(images, Sized) else None
         batch: dict[str, tuple[Tensor, list[int], str]] = {}
         shard: dict[str, Tensor] = {}
@@ -306,23 +308,22 @@ class FeatureCache:
             for place in places:
                 report.hashes[place] = key
 
-    def _open(self) -> list[str]:
-        """Read which pictures there are, once for the encoder's present weights; returns damaged files."""
+    def _open(self) -> None:
+        """Read which pictures there are, once for the encoder's present weights; throw damaged files away."""
         directory = self.directory
         if self._open_for == str(directory):
-            return []
-        self._shards, self._files, damaged = {}, {}, []
+            return
+        self._shards, self._files = {}, {}
         for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else []:
             with open(path, "rb") as file:
                 intact = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
             if not intact:
-                damaged.append(path.name)
+                self._damaged.append(path.name)
                 path.unlink(missing_ok=True)
                 continue
             with safe_open(path, framework="pt") as file:
                 self._shards.update(dict.fromkeys(file.keys(), path))
         self._open_for = str(directory)
-        return damaged
 
     def _write(self, shard: dict[str, Tensor]) -> None:
         """Write a shard, whole or not at all, and empty it."""

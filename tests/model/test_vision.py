@@ -451,7 +451,10 @@ def test_damaged_shards_are_thrown_away_and_made_again(tmp_path, encoder, damage
     else:
         del content[len(content) // 2 if damage == "cut" else 0 :]
     shards[0].write_bytes(content)
-    again, report = FeatureCache(tmp_path, encoder).encode(pictures)
+    cache = FeatureCache(tmp_path, encoder)
+    assert len(cache) == 3
+    assert not shards[0].exists()
+    again, report = cache.encode(pictures)
     assert (report.encoded, report.reused, report.damaged) == (3, 3, [shards[0].name])
     torch.testing.assert_close(again, features, rtol=0, atol=0)
     _, report = FeatureCache(tmp_path, encoder).encode(pictures)
