@@ -285,8 +285,11 @@ def test_crop_takes_the_centre_and_keeps_proportions():
 
 def test_transparent_pictures_lie_on_the_background():
     picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((0, 255, 0, 255), (4, 0, 8, 8))
     prepare = ImagePreprocessing(8, mean=(0,) * 3, std=(1,) * 3, background=(255, 0, 255))
-    torch.testing.assert_close(prepare(picture), torch.tensor([1.0, 0, 1])[:, None, None].expand(3, 8, 8))
+    pixels = prepare(picture)
+    torch.testing.assert_close(pixels[..., :4], torch.tensor([1.0, 0, 1])[:, None, None].expand(3, 8, 4))
+    torch.testing.assert_close(pixels[..., 4:], torch.tensor([0.0, 1, 0])[:, None, None].expand(3, 8, 4))
 
 
 def test_preprocessing_from_a_transformers_file():
