@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 
 def hide(packages: set[str]) -> None:
@@ -44,6 +45,7 @@ def error_of_import(module: str) -> str | None:
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, whichever is installed
     hide(set(sys.argv[1].split(",")))
     import torch
     import transformers
