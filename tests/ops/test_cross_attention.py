@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from naive import keep_element
+from naive_attention import keep_element
 from tolerances import assert_yardstick, max_error
 
 from blip2_kernels.layout import padded_row_keys

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from naive import keep_element, philox_words
+from naive_attention import keep_element, philox_words
 
 from blip2_kernels.layout import TEXT_STREAM, padded_row_keys, row_keys
 from blip2_kernels.ops import philox

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from naive import keep_element, naive_self_attention
+from naive_attention import keep_element, naive_self_attention
 from tolerances import assert_yardstick, max_error
 
 from blip2_kernels.layout import TokenLayout

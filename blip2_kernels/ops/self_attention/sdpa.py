@@ -41,8 +41,8 @@ def self_attention_sdpa(
 ) -> Tensor:
     """See `self_attention`; dropout is not served."""
     if not kv_layout.texts and not q_layout.texts:
-        sides = ((q, q_layout), (k, kv_layout), (v, kv_layout))
-        query, key, value = (layout.unpack_queries(t).transpose(1, 2) for t, layout in sides)
+        query = q_layout.unpack_queries(q).transpose(1, 2)
+        key, value = (kv_layout.unpack_queries(t).transpose(1, 2) for t in (k, v))
         return attend_torch(query, key, value, None, scale).transpose(1, 2).flatten(0, 1)
 
     q_rows, kv_rows = q_layout.dense(), kv_layout.dense()
@@ -55,11 +55,9 @@ def self_attention_sdpa(
     for rows, keys in attention_blocks(mask):
         row_part, key_part = _columns(q_layout, rows), _columns(kv_layout, keys)
         block = _take(_take(allowed, row_part, 2), key_part, 3)
-        sides = (
-            _take(t, part, 1).transpose(1, 2)
-            for t, part in ((query, row_part), (key, key_part), (value, key_part))
-        )
-        outputs.append(_attend(*sides, block, scale).transpose(1, 2))
+        queries = _take(query, row_part, 1).transpose(1, 2)
+        keyed, valued = (_take(t, key_part, 1).transpose(1, 2) for t in (key, value))
+        outputs.append(_attend(queries, keyed, valued, block, scale).transpose(1, 2))
     return q_rows.collect(torch.cat(outputs, dim=1))
 
 
