@@ -1,4 +1,6 @@
-"""What a training step sees: scenes as features and freshly told captions, and batches in which twins meet."""
+"""What a training step sees: scenes as features and freshly told captions, and batches in which twins
+meet.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +14,38 @@ from torch.utils.data import Dataset
 
 from .scenes import Scene
 
+Sample = tuple[Tensor, Scene, int]
+
 
 class SceneDataset(Dataset):
-    """Features [tokens, width] and the scene of each picture.
+    """Features [tokens, width], the scene of each picture and its group of twins.
 
     Args:
         features: [n, tokens, width], as cached.
         scenes: n scenes.
+        groups: n group numbers, as `Splits.twins`; default each scene a group of its own.
     """
 
-    def __init__(self, features: Tensor, scenes: Sequence[Scene]) -> None:
-        if len(features) != len(scenes):
-            raise ValueError(f"features: expected {len(scenes)}, one a scene, got {len(features)}")
-        self.features, self.scenes = features, scenes
+    def __init__(
+        self, features: Tensor, scenes: Sequence[Scene], groups: Sequence[int] | None = None
+    ) -> None:
+        groups = range(len(scenes)) if groups is None else groups
+        if not len(features) == len(scenes) == len(groups):
+            raise ValueError(
+                f"features, groups: expected {len(scenes)} each, got {len(features)} and {len(groups)}"
+            )
+        self.features, self.scenes, self.groups = features, scenes, groups
 
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Scene]:
-        return self.features[index], self.scenes[index]
+    def __getitem__(self, index: int) -> Sample:
+        return self.features[index], self.scenes[index], self.groups[index]
 
 
 class TwinBatches:
-    """Batches of indices in which scenes of the same two things meet, so that negatives that differ by the relation
-    alone are in the batch. ITM draws its negatives from the contrastive similarities; ITC tells relations apart badly,
-    so what it draws are mostly these twins.
+    """Batches of indices in which scenes of the same two things meet, so that `draw_negatives` finds
+    negatives that differ by the relation alone.
 
     Args:
         groups: of each scene, as `Splits.twins`.
@@ -75,18 +84,50 @@ def tell(scene: Scene, rng: Any = random) -> str:
 
 
 class Stage1Collate:
-    """Scenes to what `Blip2ForPreTraining.forward` takes."""
+    """Scenes to what `Blip2ForPreTraining.forward` takes, negatives for ITM included.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        tokenizer: of the texts.
+        twin_share: probability that a scene's negative is a twin of it (where the batch holds one) rather
+            than any other scene. All twins is too hard a start: ITM then learns to answer 2/3 "no" and
+            nothing else.
+    """
 
-    def __call__(self, samples: list[tuple[Tensor, Scene]]) -> dict[str, Tensor]:
-        texts = self.tokenizer([tell(scene) for _, scene in samples], padding=True, return_tensors="pt")
+    def __init__(self, tokenizer: Any, twin_share: float = 0.5) -> None:
+        if not 0 <= twin_share <= 1:
+            raise ValueError(f"twin_share: expected a number in [0, 1], got {twin_share}")
+        self.tokenizer, self.twin_share = tokenizer, twin_share
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+        texts = self.tokenizer([tell(scene) for _, scene, _ in samples], padding=True, return_tensors="pt")
         return {
             "input_ids": texts["input_ids"],
             "attention_mask": texts["attention_mask"],
-            "image_features": torch.stack([features for features, _ in samples]).float(),
+            "image_features": torch.stack([features for features, _, _ in samples]).float(),
+            "negatives": draw_negatives([group for _, _, group in samples], self.twin_share),
         }
+
+
+def draw_negatives(groups: Sequence[int], twin_share: float, rng: Any = random) -> tuple[Tensor, Tensor]:
+    """A negative image and a negative text for each sample of a batch.
+
+    Args:
+        groups: of each sample; samples of one group are twins.
+        twin_share: probability of a twin where there is one; otherwise a sample of another group.
+        rng: `random` or a `random.Random`.
+
+    Returns:
+        (image_index, text_index), int64 [B] each; -1 where there is nothing to draw.
+    """
+
+    def draw(sample: int) -> int:
+        twins = [i for i, group in enumerate(groups) if group == groups[sample] and i != sample]
+        others = [i for i, group in enumerate(groups) if group != groups[sample]]
+        wanted = twins if twins and (rng.random() < twin_share or not others) else others
+        return rng.choice(wanted) if wanted else -1
+
+    image_index = torch.tensor([draw(sample) for sample in range(len(groups))])
+    return image_index, torch.tensor([draw(sample) for sample in range(len(groups))])
 
 
 PROMPT = "An image of"
@@ -94,8 +135,8 @@ PROMPT = "An image of"
 
 
 class Stage2Collate:
-    """Scenes to what `Blip2ForConditionalGeneration.forward` takes: "An image of a banana left of a car." and the
-    end-of-text token, of which the prompt is not supervised.
+    """Scenes to what `Blip2ForConditionalGeneration.forward` takes: "An image of a banana left of a car." and
+    the end-of-text token, of which the prompt is not supervised.
 
     Args:
         tokenizer: the language model's.
@@ -104,12 +145,13 @@ class Stage2Collate:
 
     def __init__(self, tokenizer: Any, features: Tensor | None = None) -> None:
         self.tokenizer, self.features = tokenizer, features
-        self.prompt_ids: list[int] = tokenizer(PROMPT)["input_ids"]
+        self.prompt_ids: list[int] = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
 
     def texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Token ids int64 [n, T], their mask and the lengths of the prompts."""
         end = self.tokenizer.eos_token_id
-        rows = [self.tokenizer(f"{PROMPT} {caption}.")["input_ids"] + [end] for caption in captions]
+        told = self.tokenizer([f"{PROMPT} {caption}." for caption in captions], add_special_tokens=False)
+        rows = [[*row, end] for row in told["input_ids"]]
         longest = max(map(len, rows))
         return {
             "input_ids": torch.tensor([row + [end] * (longest - len(row)) for row in rows]),
@@ -117,8 +159,8 @@ class Stage2Collate:
             "prompt_lengths": torch.full((len(rows),), len(self.prompt_ids)),
         }
 
-    def __call__(self, samples: list[tuple[Tensor, Scene]]) -> dict[str, Tensor]:
-        features = torch.stack([features for features, _ in samples]).float()
+    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+        features = torch.stack([features for features, _, _ in samples]).float()
         if self.features is not None:
             features = self.features.float().expand(len(samples), -1, -1)
-        return {**self.texts([tell(scene) for _, scene in samples]), "image_features": features}
+        return {**self.texts([tell(scene) for _, scene, _ in samples]), "image_features": features}

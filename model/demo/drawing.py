@@ -28,7 +28,7 @@ def drawing(noun: str) -> Image.Image:
 
 
 def draw(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of ``size`` × ``size`` pixels."""
+    """The scene as an RGB picture of ``size`` x ``size`` pixels."""
     canvas = _draw_background(scene.background, size)
     for thing in scene.things:
         picture = drawing(thing.noun)

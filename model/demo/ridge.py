@@ -1,6 +1,8 @@
-"""The baseline every learned figure stands beside: ridge regression from mean-pooled image features to sentence embeddings.
+"""The baseline every learned figure stands beside: ridge regression from mean-pooled image features to
+sentence embeddings.
 
-It needs no training loop and sees the same frozen features and the same captions, so what the Q-Former adds is the difference.
+It needs no training loop and sees the same frozen features and the same captions, so what the Q-Former adds
+is the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Ridge:
-    """``y ≈ (x - x_mean) @ weight + y_mean``, the minimum of the squared error plus ``penalty`` × squared weights.
+    """``y ≈ (x - x_mean) @ weight + y_mean``, the minimum of the squared error plus ``penalty`` times the
+    squared weights.
 
     Attributes:
         weight: fp64 [inputs, outputs].
@@ -65,7 +68,9 @@ def pooled(features: Tensor) -> Tensor:
 
 
 def scores(ridge: Ridge, features: Tensor, embeddings: Tensor) -> Tensor:
-    """Cosines fp64 [images, texts] of the predicted and the true sentence embeddings, both centred on training's."""
+    """Cosines fp64 [images, texts] of the predicted and the true sentence embeddings, both centred on
+    training's.
+    """
     predicted = F.normalize(ridge(pooled(features)) - ridge.y_mean, dim=-1)
     return predicted @ F.normalize(embeddings.double() - ridge.y_mean, dim=-1).T
 

@@ -1,8 +1,8 @@
 """Scenes of one or two drawings, what their captions say, and which scenes are kept for which purpose.
 
-A scene is plain data (what, where, how large, how turned, on which background), so it is the same on every machine for the
-same seed, and its picture is drawn from it on demand. A caption is composed from the geometry alone, never the other way
-round, so "a banana left of a car" is true by construction.
+A scene is plain data (what, where, how large, how turned, on which background), so it is the same on every
+machine for the same seed, and its picture is drawn from it on demand. A caption is composed from the geometry
+alone, never the other way round, so "a banana left of a car" is true by construction.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ PICTURE_SIZE = 224
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
+PLACE_OF = {
+    "left of": "on the left",
+    "right of": "on the right",
+    "above": "at the top",
+    "below": "at the bottom",
+}
+"""Where the first of two things is said to be when it is told of alone."""
 
 _OFFSETS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 _CENTRES = {
@@ -90,6 +97,13 @@ class Scene:
             return f"{with_article(self.nouns[0])} {self.place}"
         return caption_of(*self.nouns, relation=self.relation)
 
+    def placed_caption(self) -> str:
+        """What and where of the first thing alone: ``a banana on the left`` in a scene of two, else
+        `caption`.
+        """
+        place = self.place if len(self.things) == 1 else PLACE_OF[str(self.relation)]
+        return f"{with_article(self.nouns[0])} {place}"
+
 
 def relation_between(first: Thing, second: Thing) -> str:
     """Which of the four relations the centres show: the axis on which they lie further apart decides."""
@@ -125,7 +139,9 @@ class Told:
 
 
 def parse_caption(text: str, nouns: Sequence[str] = tuple(TRAINED)) -> Told:
-    """Read back a (generated) caption. Unknown words are skipped, so a rambling caption names whatever it names."""
+    """Read back a (generated) caption. Unknown words are skipped, so a rambling caption names whatever it
+    names.
+    """
     words = text.lower().replace(".", " ").replace(",", " ").split()
     known = set(nouns)
     found = tuple(word for word in words if word in known)
@@ -136,7 +152,7 @@ def parse_caption(text: str, nouns: Sequence[str] = tuple(TRAINED)) -> Told:
     return Told(found, min(spots)[1] if spots else None)
 
 
-# ---------------------------------------------------------------------------------------------------------- composing
+# -------------------------------------------------------------------------------------------------- composing
 
 
 def _background(rng: random.Random) -> Background:
@@ -149,7 +165,8 @@ def _background(rng: random.Random) -> Background:
 def compose_pair(first: str, second: str, relation: str, rng: random.Random) -> Scene:
     """A scene in which ``first`` lies in ``relation`` to ``second``, the rest random.
 
-    The centres lie 0.34 to 0.56 of the side apart on the relation's axis and at most half of that apart on the other.
+    The centres lie 0.34 to 0.56 of the side apart on the relation's axis and at most half of that apart on
+    the other.
     """
     dx, dy = _OFFSETS[relation]
     apart, across = rng.uniform(0.36, 0.56), rng.uniform(-0.5, 0.5)
@@ -191,15 +208,16 @@ def compose_single(noun: str, place: str, rng: random.Random) -> Scene:
     return Scene((thing,), _background(rng))
 
 
-# ------------------------------------------------------------------------------------------------------------- splits
+# ----------------------------------------------------------------------------------------------------- splits
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Scenes by purpose. No pair of nouns of ``validation`` or ``test`` occurs in ``train``, nor in one another.
+    """Scenes by purpose. No pair of nouns of ``validation`` or ``test`` occurs in ``train``, nor in one
+    another.
 
-    ``twins`` gives, for each scene of ``train``, the index of its group: scenes of one group show the same things in
-    different relations, so they are each other's hardest negatives.
+    ``twins`` gives, for each scene of ``train``, the index of its group: scenes of one group show the same
+    things in different relations, so they are each other's hardest negatives.
     """
 
     train: tuple[Scene, ...]
@@ -254,7 +272,9 @@ def make_splits(
 
 
 def _relations_of_a_group(count: int, rng: random.Random) -> tuple[str, ...]:
-    """Distinct relations; mostly a relation and its opposite first, which differ only in which thing is where."""
+    """Distinct relations; mostly a relation and its opposite first, which differ only in which thing is
+    where.
+    """
     first = rng.choice(RELATIONS)
     others = rng.sample([relation for relation in RELATIONS if relation != first], 3)
     if rng.random() < 0.6:

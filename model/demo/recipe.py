@@ -1,0 +1,183 @@
+"""How the demo trains: its numbers as data, and the two stages.
+
+Tuned on the validation scenes; the test scenes were looked at for the report only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..generation import Blip2ForConditionalGeneration
+from ..losses import contrastive_loss, contrastive_similarities
+from ..negatives import positive_pairs
+from ..pretraining import Blip2ForPreTraining
+from ..train import TrainResult, train
+from .assets import has_fast_bf16
+from .batches import SceneDataset, Stage1Collate, Stage2Collate, TwinBatches
+from .scenes import Scene
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a run.
+
+    Attributes:
+        pairs, relations_a_pair, singles: size of the training set, see `scenes.make_splits`.
+        held_out: scenes in each of validation and test.
+        num_query_tokens: Q.
+        itc_steps: first steps of stage 1, on ITC alone: ITM's negatives are no use before ITC knows the
+            things.
+        stage1_steps: steps of stage 1, the first ones included.
+        stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
+        twin_share: probability that ITM's negative differs by the relation alone.
+        itc_batch_size, stage1_batch_size, stage2_batch_size: scenes a step.
+        stage1_learning_rate, stage2_learning_rate: peaks.
+        stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
+        encode_batch_size: pictures a forward pass of the image encoder.
+    """
+
+    pairs: int = 1250
+    relations_a_pair: int = 2
+    singles: int = 500
+    held_out: int = 160
+    num_query_tokens: int = 16
+    itc_steps: int = 100
+    stage1_steps: int = 300
+    stage2_steps: int = 150
+    prompt_only_steps: int = 40
+    twin_share: float = 0.5
+    itc_batch_size: int = 64
+    stage1_batch_size: int = 64
+    stage2_batch_size: int = 32
+    stage1_learning_rate: float = 5e-4
+    stage2_learning_rate: float = 5e-4
+    stage2_qformer_rate: float = 0.2
+    encode_batch_size: int = 32
+
+
+FULL = Recipe()
+QUICK = Recipe(
+    pairs=200,
+    singles=100,
+    held_out=40,
+    itc_steps=40,
+    stage1_steps=60,
+    stage2_steps=12,
+    prompt_only_steps=4,
+)
+"""Shows that everything works; too short to learn where things are."""
+
+
+@contextlib.contextmanager
+def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
+    """Autocast to bfloat16 where that is native (or as told), on the device torch would use."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=has_fast_bf16() if enabled is None else enabled):
+        yield
+
+
+def itc_step(model: Blip2ForPreTraining, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """The contrastive loss alone: two short passes instead of all of stage 1."""
+    images = model.get_image_features(image_features=batch["image_features"])
+    texts = model.get_text_features(batch["input_ids"], batch["attention_mask"])
+    sims = contrastive_similarities(images, texts, model.temp, gradient=model.config.itc_gradient)
+    positives = positive_pairs(len(images), device=images.device)
+    loss = contrastive_loss(*sims, positives, label_smoothing=model.config.label_smoothing)
+    return {"loss": loss, "loss_itc": loss}
+
+
+def train_stage1(
+    model: Blip2ForPreTraining,
+    features: Tensor,
+    scenes: tuple[Scene, ...],
+    twins: tuple[int, ...],
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    output_dir: Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Stage 1 (paper section 3.2): ITC first, then ITC + ITM + ITG; returns the history of all steps.
+
+    Args:
+        model: trained in place.
+        features: [n, tokens, width] of the training scenes, before ``ln_vision``.
+        scenes, twins: of `Splits`.
+    """
+    dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer, recipe.twin_share)
+    common: dict[str, Any] = {
+        "collate": collate,
+        "learning_rate": recipe.stage1_learning_rate,
+        "bf16": has_fast_bf16(),
+        "progress": progress,
+    }
+    history: list[dict[str, float]] = []
+    if recipe.itc_steps:
+        warmup = train(
+            model,
+            dataset,
+            batch_sampler=TwinBatches(twins, recipe.itc_batch_size, seed),
+            max_steps=recipe.itc_steps,
+            warmup_steps=min(30, recipe.itc_steps // 2),
+            schedule="constant",
+            step_function=itc_step,
+            seed=seed,
+            description="stage 1, ITC      ",
+            **common,
+        )
+        history += warmup.history
+    rest = train(
+        model,
+        dataset,
+        batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed + 1),
+        max_steps=recipe.stage1_steps - recipe.itc_steps,
+        warmup_steps=min(20, (recipe.stage1_steps - recipe.itc_steps) // 2),
+        seed=seed + 1,
+        output_dir=output_dir,
+        description="stage 1, ITC+ITM+ITG",
+        **common,
+    )
+    offset = len(history)
+    return history + [{**row, "step": row["step"] + offset} for row in rest.history]
+
+
+def train_stage2(
+    model: Blip2ForConditionalGeneration,
+    features: Tensor,
+    scenes: tuple[Scene, ...],
+    collate: Stage2Collate,
+    recipe: Recipe,
+    *,
+    steps: int,
+    output_dir: Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    description: str = "stage 2",
+) -> TrainResult:
+    """Stage 2 (paper section 3.3): caption loss through the frozen language model; trains Q-Former and
+    projection.
+    """
+    rate = recipe.stage2_qformer_rate
+    return train(
+        model,
+        SceneDataset(features, scenes),
+        collate=collate,
+        batch_size=recipe.stage2_batch_size,
+        max_steps=steps,
+        learning_rate=recipe.stage2_learning_rate,
+        learning_rate_multipliers={"qformer.": rate, "query_tokens": rate, "ln_vision": rate},
+        warmup_steps=min(20, steps // 2),
+        output_dir=output_dir,
+        bf16=has_fast_bf16(),
+        seed=seed + 2,
+        progress=progress,
+        description=description,
+    )

@@ -1,0 +1,182 @@
+"""The whole demo on a random tiny encoder and language model: every part runs, every file appears."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from blip2_kernels.model import vision
+from blip2_kernels.model.checkpoints import latest_checkpoint
+from blip2_kernels.model.demo import assets, pipeline, recipe
+from blip2_kernels.model.demo.batches import PROMPT, SceneDataset, Stage1Collate, Stage2Collate
+from blip2_kernels.model.demo.scenes import make_splits
+from blip2_kernels.model.images import ImagePreprocessing
+
+
+class TinyEncoder(nn.Module):
+    """Pictures to a 3 x 3 map of 16 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 64, stride=64)
+        self.calls = 0
+
+    def forward(self, pixels):
+        self.calls += len(pixels)
+        return self.patches(pixels)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The demo's parts, small and random; returns the encoder so that tests can count its work."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    encoder = TinyEncoder()
+    stage1_config = assets.stage1_config
+
+    def small_config(num_query_tokens=4, image_width=16):
+        config = stage1_config(num_query_tokens, image_width=16)
+        qformer = config.qformer
+        qformer.num_hidden_layers, qformer.hidden_size, qformer.intermediate_size = 2, 24, 48
+        qformer.num_attention_heads = 2
+        return dataclasses.replace(config, qformer=qformer, image_text_hidden_size=8)
+
+    def load_stage1(num_query_tokens=4, *, use_fused=True, seed=0):
+        torch.manual_seed(seed)
+        return assets.Blip2ForPreTraining(small_config(num_query_tokens), use_fused=use_fused)
+
+    def load_language_model(cache_dir, dtype=None):
+        torch.manual_seed(0)
+        tokenizer = assets.load_text_tokenizer()
+        tokenizer.eos_token = "[SEP]"
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+        )
+        return LlamaForCausalLM(config).eval(), tokenizer
+
+    def load_image_encoder():
+        preprocessing = ImagePreprocessing(192, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return vision.FrozenVisionEncoder(
+            encoder,
+            kind="module",
+            sine_positions=True,
+            preprocessing=preprocessing,
+            output_dtype=torch.float32,
+        )
+
+    monkeypatch.setattr(assets, "load_stage1", load_stage1)
+    monkeypatch.setattr(assets, "load_language_model", load_language_model)
+    monkeypatch.setattr(assets, "load_image_encoder", load_image_encoder)
+    plan = dataclasses.replace(
+        recipe.QUICK,
+        pairs=12,
+        singles=8,
+        held_out=8,
+        num_query_tokens=4,
+        itc_steps=2,
+        stage1_steps=4,
+        stage2_steps=2,
+        prompt_only_steps=1,
+        itc_batch_size=8,
+        stage1_batch_size=8,
+        stage2_batch_size=4,
+    )
+    monkeypatch.setattr(recipe, "QUICK", plan)
+    return encoder
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        return [leaf for entry in value.values() for leaf in leaves(entry)]
+    return [value]
+
+
+def test_the_whole_demo_in_small(tiny, tmp_path):
+    metrics = pipeline.run(tmp_path / "out", quick=True, seed=1, cache_dir=tmp_path / "cache", progress=False)
+
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(written) == set(metrics)
+    assert all(math.isfinite(leaf) for leaf in leaves(written) if isinstance(leaf, int | float))
+    held_out = written["held_out"]
+    assert set(held_out["retrieval"]) == {"itc", "itc_then_itm", "ridge", "chance"}
+    for table in held_out["retrieval"].values():
+        for direction in ("image_to_text", "text_to_image"):
+            assert 0 <= table[direction]["R@1"] <= table[direction]["R@5"] <= table[direction]["R@10"] <= 1
+    assert set(held_out["relation_of_four"]) == {"itm", "itc", "ridge", "chance"}
+    assert {"against_relation_swapped", "against_hardest_caption_of_another_scene"} <= set(
+        held_out["itm_accuracy"]
+    )
+    assert set(written["captions"]["loss"]) == {"true_image", "shuffled_image", "prompt_only"}
+    assert set(written["zero_shot"]["retrieval"]) == {"itc", "ridge", "chance"}
+    assert written["zero_shot"]["scenes"] == 60
+    assert max(written["fused_against_plain"].values()) < 1e-4
+    for name in ("curves.png", "retrieval.png", "attention.png", "captions.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    captions = (tmp_path / "out" / "captions.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "pictures" / "00.png").is_file() and "pictures/00.png" in captions
+    for stage in ("stage1", "stage2"):
+        assert latest_checkpoint(tmp_path / "out" / stage, verify=True) is not None
+
+    # A second run finds every feature on disk and, from the same seed, the same numbers.
+    encoded = tiny.calls
+    again = pipeline.run(tmp_path / "again", quick=True, seed=1, cache_dir=tmp_path / "cache", progress=False)
+    assert tiny.calls == encoded > 12 * 2 + 8 + 16 + 60 - 1
+    for part in ("held_out", "zero_shot", "captions"):
+        assert leaves(again[part]) == pytest.approx(leaves(metrics[part]), abs=1e-6)
+
+
+def test_both_paths_learn_the_same(tiny, tmp_path):
+    run = {}
+    for use_fused in (True, False):
+        splits = make_splits(2, pairs=12, singles=8, held_out=8)
+        features = torch.randn(len(splits.train), 9, 16, generator=torch.Generator().manual_seed(0))
+        model = assets.load_stage1(4, use_fused=use_fused)
+        run[use_fused] = recipe.train_stage1(
+            model,
+            features,
+            splits.train,
+            splits.twins,
+            assets.load_text_tokenizer(),
+            recipe.QUICK,
+            progress=False,
+        )
+    for fused, plain in zip(run[True], run[False], strict=True):
+        for name in (name for name in fused if name.startswith("loss")):
+            assert fused[name] == pytest.approx(plain[name], rel=2e-2), (name, fused["step"])
+
+
+def test_only_what_is_to_be_learned_is_supervised():
+    tokenizer = assets.load_text_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    scenes = make_splits(0, pairs=4, singles=2, held_out=4).train
+    dataset = SceneDataset(torch.zeros(len(scenes), 9, 16), scenes)
+    collate = Stage2Collate(tokenizer)
+    batch = collate([dataset[0], dataset[len(dataset) - 1]])
+    for ids, mask, length in zip(
+        batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"], strict=True
+    ):
+        real = ids[mask.bool()]
+        assert real[:length].tolist() == tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+        assert real[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(real[length:-1], skip_special_tokens=True).endswith(".")
+    constant = torch.randn(1, 9, 16)
+    blind = Stage2Collate(tokenizer, constant)([dataset[0], dataset[1]])
+    assert torch.equal(blind["image_features"], constant.expand(2, -1, -1))
+    seen = Stage1Collate(tokenizer)([dataset[0]])
+    assert seen["image_features"].dtype == torch.float32 and seen["input_ids"][0, 0] == tokenizer.cls_token_id
+
+
+def test_missing_packages_are_named_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(assets.MODULES, "no_such_module_here", "no-such-package")
+    with pytest.raises(ImportError, match=r"1 more packages[\s\S]*pip install no-such-package"):
+        pipeline.run(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
