@@ -114,7 +114,7 @@ def run(
     language_model, llm_tokenizer = assets.load_language_model(cache)
     language_model.to(device)
     clock.start("stage2")
-    stage2 = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
+    stage2 = start_stage2(stage1, language_model, plan, seed)
     collate = Stage2Collate(llm_tokenizer)
     common: dict[str, Any] = {"seed": seed, "progress": progress}
     history2 = recipe.train_stage2(
@@ -129,7 +129,7 @@ def run(
         **common,
     ).history
     clock.start("prompt_only_baseline")
-    blind = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
+    blind = start_stage2(stage1, language_model, plan, seed)
     blind_collate = Stage2Collate(llm_tokenizer, features.train.float().mean(0, keepdim=True))
     history3 = recipe.train_stage2(
         blind,
@@ -173,6 +173,16 @@ def run(
     names = "metrics.json, curves.png, retrieval.png, attention.png and captions.md"
     _say(f"{format_duration(metrics['seconds']['total'])} in all; {names} are in {output}/")
     return metrics
+
+
+def start_stage2(stage1: Any, language_model: Any, plan: recipe.Recipe, seed: int) -> Any:
+    """Stage 2 from stage 1's weights, with a projection drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
+    with torch.no_grad():
+        model.language_projection.weight.mul_(plan.projection_scale)
+    return model
 
 
 def encode(splits: Splits, cache: Path, batch_size: int, progress: bool) -> Features:

@@ -39,6 +39,10 @@ class Recipe:
         twin_share: probability that ITM's negative differs by the relation alone.
         itc_batch_size, stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
+        new_parts_rate: what starts from random weights in stage 1 learns at, as a multiple of what starts
+            from MiniLM (which falls apart, and its queries into one, where it learns as fast).
+        projection_scale: factor on the first weights of the language projection: soft prompts much larger
+            than word embeddings silence the language model.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         encode_batch_size: pictures a forward pass of the image encoder.
     """
@@ -48,17 +52,19 @@ class Recipe:
     singles: int = 500
     held_out: int = 160
     num_query_tokens: int = 16
-    itc_steps: int = 100
-    stage1_steps: int = 300
-    stage2_steps: int = 150
+    itc_steps: int = 80
+    stage1_steps: int = 250
+    stage2_steps: int = 200
     prompt_only_steps: int = 40
     twin_share: float = 0.5
     itc_batch_size: int = 64
     stage1_batch_size: int = 64
     stage2_batch_size: int = 32
-    stage1_learning_rate: float = 5e-4
-    stage2_learning_rate: float = 5e-4
-    stage2_qformer_rate: float = 0.2
+    stage1_learning_rate: float = 1e-4
+    new_parts_rate: float = 10.0
+    stage2_learning_rate: float = 2e-3
+    stage2_qformer_rate: float = 0.1
+    projection_scale: float = 0.3
     encode_batch_size: int = 32
 
 
@@ -93,6 +99,18 @@ def itc_step(model: Blip2ForPreTraining, batch: dict[str, Tensor], step: int) ->
     return {"loss": loss, "loss_itc": loss}
 
 
+def new_parts(model: Blip2ForPreTraining, rate: float) -> dict[str, float]:
+    """Learning-rate multipliers of what no BERT brings along: cross-attention (but for where it looks),
+    heads.
+    """
+    rates = dict.fromkeys(("vision_projection", "text_projection", "itm_head", "cls.", "ln_vision"), rate)
+    for number, layer in enumerate(model.qformer.encoder.layer):
+        if hasattr(layer, "crossattention"):
+            name = f"qformer.encoder.layer.{number}.crossattention"
+            rates |= {name: rate, f"{name}.attention.query": 1.0, f"{name}.attention.key": 1.0}
+    return rates
+
+
 def train_stage1(
     model: Blip2ForPreTraining,
     features: Tensor,
@@ -119,6 +137,7 @@ def train_stage1(
         "bf16": has_fast_bf16(),
         "progress": progress,
     }
+    common["learning_rate_multipliers"] = new_parts(model, recipe.new_parts_rate)
     history: list[dict[str, float]] = []
     if recipe.itc_steps:
         warmup = train(

