@@ -25,17 +25,21 @@ PIL_FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 
 
 def open_image(source: str | Path | bytes) -> Any:
-    """Decode an image file completely.
+    """Decode an image file completely, to 8 bits a channel, upright.
+
+    16-bit and floating images are scaled to 0…255 (PIL alone would cut everything above 255 off).
 
     Args:
         source: a path, or the file's bytes.
 
     Returns:
-        A loaded `PIL.Image.Image`, turned upright by its EXIF orientation.
+        A loaded `PIL.Image.Image`, turned upright by its EXIF orientation, in one of PIL's 8-bit modes
+        (palette and alpha are left to the preprocessing).
 
     Raises:
         ImportError: Pillow is not installed.
-        OSError: no such file, not an image, or cut short (PIL's `UnidentifiedImageError` is an OSError).
+        OSError: no such file, not an image (PIL's `UnidentifiedImageError` is an OSError), cut short, too
+            large to be real, or with pixels that are not finite.
         TypeError: neither a path nor bytes.
     """
     if not isinstance(source, str | Path | bytes):
@@ -47,7 +51,7 @@ def open_image(source: str | Path | bytes) -> Any:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            return _eight_bits(ImageOps.exif_transpose(image))
     except OSError:
         raise
     # Broken headers surface from PIL's plugins as whatever their parsing trips over.
@@ -55,6 +59,28 @@ def open_image(source: str | Path | bytes) -> Any:
         raise OSError(f"cannot decode image: {error}") from error
     except Image.DecompressionBombError as error:
         raise OSError(str(error)) from error
+
+
+def _eight_bits(image: Any) -> Any:
+    """A 16-bit, 32-bit or floating picture as 8-bit grey; any other one as it is."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    from PIL import Image
+
+    low, high = image.getextrema()
+    if image.mode.startswith("I;16"):
+        scale = 255 / 65535
+    elif high <= 1 and image.mode == "F":
+        scale = 255.0
+    elif high <= 255:
+        scale = 1.0
+    else:
+        scale = 255 / max(65535, high)
+    pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)
+    if not bool(torch.isfinite(pixels).all()):
+        raise OSError(f"pixels are not finite (smallest {low}, largest {high})")
+    levels = (pixels * scale).round().clamp(0, 255).to(torch.uint8)
+    return Image.frombytes("L", image.size, levels.numpy().tobytes())
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from .base import Blip2Base
 from .checkpoints import load_checkpoint
 from .config import Blip2PreTrainingConfig
 from .data.collate import GenerationCollator
-from .data.image_text import load_image
 from .data.manifest import Manifest
 from .evaluate import positives_from_ids, recall_at, retrieval_metrics
 from .from_bert import qformer_config_from_bert, read_bert, start_from_bert
 from .generation import Blip2ForConditionalGeneration
 from .generation_config import Blip2GenerationConfig
-from .images import ImagePreprocessing
+from .images import ImagePreprocessing, open_image
 from .pretraining import Blip2ForPreTraining
 from .retrieval import Blip2ForImageTextRetrieval
 from .training_state import load_trainable_state
@@ -274,7 +273,7 @@ def caption_images(
     images = []
     for index, path in enumerate(paths):
         try:
-            images.append((index, load_image(path)))
+            images.append((index, open_image(path)))
         except OSError:
             continue
     tokenizer = trained.tokenizer
@@ -335,7 +334,7 @@ def retrieval_scores(
     total = min(limit, len(manifest.images))
     for index, path in enumerate(manifest.images[:total]):
         try:
-            images.append((index, load_image(path)))
+            images.append((index, open_image(path)))
         except OSError as error:
             skipped.append(f"{path}: {error}")
         if images and (len(images) == batch_size or index == total - 1):

@@ -14,7 +14,6 @@ _EXPORTS = {
     "Pair": "manifest",
     "RandomResizedCrop": "image_text",
     "ShuffledBatches": "batches",
-    "load_image": "image_text",
     "read_manifest": "manifest",
 }
 

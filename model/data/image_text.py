@@ -23,40 +23,6 @@ logger = logging.getLogger(__name__)
 SHOWN_SKIPPED = 10
 
 
-def load_image(source: str | Path | bytes) -> Any:
-    """Decodes an image to 8 bits a channel, upright, whatever it is stored as.
-
-    16-bit and floating images are scaled to 0…255 (PIL alone would cut everything above 255 off).
-
-    Returns:
-        A `PIL.Image.Image`; its mode is one of PIL's 8-bit modes (palette and alpha are left to the
-        preprocessing).
-
-    Raises:
-        ImportError: Pillow is missing.
-        OSError: no such file, not an image, cut short, or too large to be real.
-    """
-    image = open_image(source)
-    if not (image.mode.startswith("I") or image.mode == "F"):
-        return image
-    from PIL import Image
-
-    low, high = image.getextrema()
-    if image.mode.startswith("I;16"):
-        scale = 255 / 65535
-    elif high <= 1 and image.mode == "F":
-        scale = 255.0
-    elif high <= 255:
-        scale = 1.0
-    else:
-        scale = 255 / max(65535, high)
-    pixels = torch.frombuffer(bytearray(image.convert("F").tobytes()), dtype=torch.float32)
-    if not bool(torch.isfinite(pixels).all()):
-        raise OSError(f"pixels are not finite (smallest {low}, largest {high})")
-    levels = (pixels * scale).round().clamp(0, 255).to(torch.uint8)
-    return Image.frombytes("L", image.size, levels.numpy().tobytes())
-
-
 class RandomResizedCrop:
     """Cuts a random part out of a picture, as LAVIS's training transform: `(image, generator) -> image`.
 
@@ -186,7 +152,7 @@ class ImageTextDataset(Dataset):
         if self.preprocess is None:
             key = self._hashes[image]
             return self.feature_cache.load([key])[0]
-        picture = load_image(self.manifest.images[image])
+        picture = open_image(self.manifest.images[image])
         if self.augment is not None:
             picture = self.augment(picture, generator)
         return self.preprocess(picture)

@@ -21,10 +21,9 @@ from blip2_kernels.model.data import (
     GenerationCollator,
     ImageTextDataset,
     RandomResizedCrop,
-    load_image,
     read_manifest,
 )
-from blip2_kernels.model.images import ImagePreprocessing
+from blip2_kernels.model.images import ImagePreprocessing, open_image
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "cat", "dog", "photo", "of"]
 
@@ -164,7 +163,7 @@ def test_refuses_folders_without_captions_and_what_is_not_there(tmp_path):
 def test_every_mode_decodes_to_the_same_colours(tmp_path, mode):
     grey = (255, 255, 255) if mode == "1" else (180, 180, 180)
     suffix = "jpg" if mode == "CMYK" else "png"
-    found = average(load_image(picture(tmp_path / f"x.{suffix}", grey, mode=mode)))
+    found = average(open_image(picture(tmp_path / f"x.{suffix}", grey, mode=mode)))
     assert found == pytest.approx(grey, abs=2)
 
 
@@ -172,18 +171,18 @@ def test_16_bit_and_floating_images_keep_their_contrast(tmp_path):
     ramp = torch.arange(256, dtype=torch.int32) * 257
     image = Image.frombytes("I;16", (16, 16), ramp.to(torch.uint16).numpy().tobytes())
     image.save(tmp_path / "x.png")
-    loaded = load_image(tmp_path / "x.png")
+    loaded = open_image(tmp_path / "x.png")
     assert loaded.mode == "L" and list(loaded.tobytes()) == list(range(256))
     for scale in (1.0, 255.0):
         values = (torch.arange(256, dtype=torch.float32) / 255 * scale).numpy().tobytes()
         Image.frombytes("F", (16, 16), values).save(tmp_path / "x.tif")
-        assert list(load_image(tmp_path / "x.tif").tobytes()) == list(range(256)), scale
+        assert list(open_image(tmp_path / "x.tif").tobytes()) == list(range(256)), scale
     Image.frombytes("I", (16, 16), ramp.numpy().tobytes()).save(tmp_path / "y.tif")
-    assert list(load_image(tmp_path / "y.tif").tobytes()) == list(range(256))
+    assert list(open_image(tmp_path / "y.tif").tobytes()) == list(range(256))
     nan = torch.full((256,), float("nan")).numpy().tobytes()
     Image.frombytes("F", (16, 16), nan).save(tmp_path / "z.tif")
     with pytest.raises(OSError, match="not finite"):
-        load_image(tmp_path / "z.tif")
+        open_image(tmp_path / "z.tif")
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -192,7 +191,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what is left comes up
     image.save(tmp_path / "x.jpg", exif=exif, quality=100)
-    loaded = load_image(tmp_path / "x.jpg")
+    loaded = open_image(tmp_path / "x.jpg")
     assert loaded.size == (10, 20)
     assert loaded.getpixel((5, 3))[2] > 200 and loaded.getpixel((5, 16))[0] > 200
 
@@ -316,7 +315,7 @@ def test_features_come_from_the_cache(tmp_path):
         dataset.manifest, feature_cache=cache, progress=lambda done, total: steps.append((done, total))
     )
     assert cached.skipped == [tmp_path / name for name in names[1:5]] and steps[-1] == (6, 6)
-    expected = encoder(ImagePreprocessing(6)(load_image(tmp_path / "blue.png"))[None])[0]
+    expected = encoder(ImagePreprocessing(6)(open_image(tmp_path / "blue.png"))[None])[0]
     sample = cached[2]
     assert sample["index"] == 10 and "pixel_values" not in sample
     torch.testing.assert_close(sample["image_features"].float(), expected, rtol=1e-3, atol=1e-3)

@@ -608,3 +608,12 @@ def test_pixel_values_are_cached_as_they_are_without_preprocessing(tmp_path):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_sixteen_bit_picture_is_not_cut_off_on_its_way_to_the_cache():
+    levels = torch.linspace(0, 65535, 64).to(torch.int32).to(torch.uint16)
+    stored = Image.frombytes("I;16", (8, 8), levels.numpy().tobytes())
+    buffer = io.BytesIO()
+    stored.save(buffer, format="PNG")
+    found = torch.tensor(list(open_image(buffer.getvalue()).tobytes()))
+    assert (found - torch.linspace(0, 255, 64)).abs().max() <= 1
