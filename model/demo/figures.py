@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,11 @@ def draw_curves(
 
     for part in ("loss_itc", "loss_itm", "loss_itg"):
         line(left, stage1, part, NAMES[part], COLOURS[part])
-    full = next((row["step"] for row in stage1 if "loss_itm" in row), None)
+    full = start_of_matching(stage1)
     if full is not None and full > 1:
         left.axvline(full, color=PALE, linewidth=1, linestyle=":")
         left.annotate(
-            "all three losses from here",
+            "ITM learns from here",
             (full, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(5, 0),
@@ -117,6 +118,17 @@ def draw_curves(
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
     figure.tight_layout(w_pad=3)
     return _save(pyplot, figure, path, 130)
+
+
+def start_of_matching(stage1: Sequence[Mapping[str, float]]) -> float | None:
+    """First step whose loss holds ITM; None if no step's does."""
+    for row in stage1:
+        if (
+            row["loss"]
+            > row.get("loss_itc", 0.0) + row.get("loss_itg", 0.0) + row.get("loss_itm", math.inf) / 2
+        ):
+            return row["step"]
+    return None
 
 
 def draw_retrieval(

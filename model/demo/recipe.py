@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ..generation import Blip2ForConditionalGeneration
-from ..losses import contrastive_loss, contrastive_similarities
-from ..negatives import positive_pairs
 from ..pretraining import Blip2ForPreTraining
 from ..train import TrainResult, train
 from .assets import has_fast_bf16
@@ -32,15 +30,13 @@ class Recipe:
         pairs, relations_a_pair, singles: size of the training set, see `scenes.make_splits`.
         held_out: scenes in each of validation and test.
         num_query_tokens: Q.
-        itc_steps: first steps of stage 1, on ITC alone: ITM's negatives are no use before ITC knows the
-            things.
+        steps_without_itm: first steps of stage 1, on ITC and ITG: matching is no use before the things are
+            known.
         stage1_steps: steps of stage 1, the first ones included.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         twin_share: probability that ITM's negative differs by the relation alone.
-        itc_batch_size, stage1_batch_size, stage2_batch_size: scenes a step.
+        stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
-        new_parts_rate: what starts from random weights in stage 1 learns at, as a multiple of what starts
-            from MiniLM (which falls apart, and its queries into one, where it learns as fast).
         projection_scale: factor on the first weights of the language projection: soft prompts much larger
             than word embeddings silence the language model.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
@@ -52,16 +48,14 @@ class Recipe:
     singles: int = 500
     held_out: int = 160
     num_query_tokens: int = 16
-    itc_steps: int = 80
+    steps_without_itm: int = 80
     stage1_steps: int = 250
     stage2_steps: int = 200
     prompt_only_steps: int = 40
     twin_share: float = 0.5
-    itc_batch_size: int = 64
     stage1_batch_size: int = 64
     stage2_batch_size: int = 32
-    stage1_learning_rate: float = 1e-4
-    new_parts_rate: float = 10.0
+    stage1_learning_rate: float = 5e-4
     stage2_learning_rate: float = 2e-3
     stage2_qformer_rate: float = 0.1
     projection_scale: float = 0.3
@@ -73,7 +67,7 @@ QUICK = Recipe(
     pairs=200,
     singles=100,
     held_out=40,
-    itc_steps=40,
+    steps_without_itm=20,
     stage1_steps=60,
     stage2_steps=12,
     prompt_only_steps=4,
@@ -89,28 +83,6 @@ def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
         yield
 
 
-def itc_step(model: Blip2ForPreTraining, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-    """The contrastive loss alone: two short passes instead of all of stage 1."""
-    images = model.get_image_features(image_features=batch["image_features"])
-    texts = model.get_text_features(batch["input_ids"], batch["attention_mask"])
-    sims = contrastive_similarities(images, texts, model.temp, gradient=model.config.itc_gradient)
-    positives = positive_pairs(len(images), device=images.device)
-    loss = contrastive_loss(*sims, positives, label_smoothing=model.config.label_smoothing)
-    return {"loss": loss, "loss_itc": loss}
-
-
-def new_parts(model: Blip2ForPreTraining, rate: float) -> dict[str, float]:
-    """Learning-rate multipliers of what no BERT brings along: cross-attention (but for where it looks),
-    heads.
-    """
-    rates = dict.fromkeys(("vision_projection", "text_projection", "itm_head", "cls.", "ln_vision"), rate)
-    for number, layer in enumerate(model.qformer.encoder.layer):
-        if hasattr(layer, "crossattention"):
-            name = f"qformer.encoder.layer.{number}.crossattention"
-            rates |= {name: rate, f"{name}.attention.query": 1.0, f"{name}.attention.key": 1.0}
-    return rates
-
-
 def train_stage1(
     model: Blip2ForPreTraining,
     features: Tensor,
@@ -123,7 +95,7 @@ def train_stage1(
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Stage 1 (paper section 3.2): ITC first, then ITC + ITM + ITG; returns the history of all steps.
+    """Stage 1 (paper section 3.2): ITC + ITG first, then ITM too; returns the history of all steps.
 
     Args:
         model: trained in place.
@@ -131,41 +103,25 @@ def train_stage1(
         scenes, twins: of `Splits`.
     """
     dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer, recipe.twin_share)
-    common: dict[str, Any] = {
-        "collate": collate,
-        "learning_rate": recipe.stage1_learning_rate,
-        "bf16": has_fast_bf16(),
-        "progress": progress,
-    }
-    common["learning_rate_multipliers"] = new_parts(model, recipe.new_parts_rate)
-    history: list[dict[str, float]] = []
-    if recipe.itc_steps:
-        warmup = train(
-            model,
-            dataset,
-            batch_sampler=TwinBatches(twins, recipe.itc_batch_size, seed),
-            max_steps=recipe.itc_steps,
-            warmup_steps=min(30, recipe.itc_steps // 2),
-            schedule="constant",
-            step_function=itc_step,
-            seed=seed,
-            description="stage 1, ITC      ",
-            **common,
-        )
-        history += warmup.history
-    rest = train(
+
+    def weights(step: int) -> dict[str, float] | None:
+        return {"loss_itc": 1.0, "loss_itg": 1.0} if step < recipe.steps_without_itm else None
+
+    return train(
         model,
         dataset,
-        batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed + 1),
-        max_steps=recipe.stage1_steps - recipe.itc_steps,
-        warmup_steps=min(20, (recipe.stage1_steps - recipe.itc_steps) // 2),
-        seed=seed + 1,
+        collate=collate,
+        batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed),
+        max_steps=recipe.stage1_steps,
+        learning_rate=recipe.stage1_learning_rate,
+        warmup_steps=min(30, recipe.stage1_steps // 4),
+        loss_weights=weights,
         output_dir=output_dir,
-        description="stage 1, ITC+ITM+ITG",
-        **common,
-    )
-    offset = len(history)
-    return history + [{**row, "step": row["step"] + offset} for row in rest.history]
+        bf16=has_fast_bf16(),
+        seed=seed,
+        progress=progress,
+        description="stage 1",
+    ).history
 
 
 def train_stage2(

@@ -101,6 +101,13 @@ def test_smoothing_against_a_loop():
         assert smoothed[i] == pytest.approx(values[max(0, i - 2) : i + 3].mean())
 
 
+def test_the_step_at_which_matching_joins_is_read_from_the_losses():
+    parts = {"loss_itc": 2.0, "loss_itg": 3.0, "loss_itm": 0.6}
+    rows = [{"step": i, "loss": 5.0 if i < 4 else 5.6, **parts} for i in range(1, 8)]
+    assert figures.start_of_matching(rows) == 4
+    assert figures.start_of_matching(rows[:3]) is None
+
+
 def test_spread_out_takes_different_rows():
     rows = torch.tensor([[1.0, 0, 0], [0.99, 0.01, 0], [0, 1, 0], [0, 0.9, 0.1], [0, 0, 1]])
     assert figures.spread_out(rows, 3) == [0, 2, 4]

@@ -82,11 +82,10 @@ def tiny(monkeypatch):
         singles=8,
         held_out=8,
         num_query_tokens=4,
-        itc_steps=2,
+        steps_without_itm=2,
         stage1_steps=4,
         stage2_steps=2,
         prompt_only_steps=1,
-        itc_batch_size=8,
         stage1_batch_size=8,
         stage2_batch_size=4,
     )
@@ -197,29 +196,6 @@ def test_queries_start_by_looking_at_cells_of_their_own():
     assert x[:, 0].max() < 2 < 4 < x[:, 3].min()
     with pytest.raises(ValueError, match="num_query_tokens: expected a square number, got 12"):
         assets.load_stage1(12)
-
-
-def test_new_parts_learn_faster_than_what_minilm_brought():
-    model = assets.load_stage1(4)
-    rates = recipe.new_parts(model, 10.0)
-    names = [name for name, _ in model.named_parameters()]
-
-    def rate(name):
-        fitting = [prefix for prefix in rates if name.startswith(prefix)]
-        return rates[max(fitting, key=len)] if fitting else 1.0
-
-    fast = {name for name in names if rate(name) == 10}
-    assert (
-        "qformer.encoder.layer.2.crossattention.attention.value.weight" in fast and "itm_head.weight" in fast
-    )
-    assert "cls.predictions.transform.dense.weight" in fast
-    slow = {name for name in names if rate(name) == 1}
-    assert "qformer.encoder.layer.2.crossattention.attention.key.weight" in slow
-    assert {
-        "embeddings.word_embeddings.weight",
-        "qformer.encoder.layer.0.attention.attention.value.bias",
-    } <= slow
-    assert all(any(name.startswith(prefix) for name in names) for prefix in rates)
 
 
 def test_minilm_is_where_the_queries_and_texts_read_it():
