@@ -49,9 +49,9 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     steps_without_itm: int = 80
-    stage1_steps: int = 250
-    stage2_steps: int = 200
-    prompt_only_steps: int = 40
+    stage1_steps: int = 230
+    stage2_steps: int = 130
+    prompt_only_steps: int = 130
     twin_share: float = 0.5
     stage1_batch_size: int = 64
     stage2_batch_size: int = 32
