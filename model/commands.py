@@ -44,7 +44,7 @@ def version() -> None:
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="About two minutes, with worse results.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A short run that learns little.")] = False,
     seed: Annotated[int, typer.Option(help="Of scenes, weights and order.")] = 0,
     output: Annotated[Path, typer.Option(help="Where figures, captions and metrics go.")] = Path("runs/demo"),
     device: Annotated[

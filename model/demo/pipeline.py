@@ -62,7 +62,7 @@ def run(
 
     Args:
         output_dir: made if it does not exist; results of an earlier run are replaced.
-        quick: two minutes instead of twelve: everything runs, little is learned.
+        quick: a short run: everything runs, little is learned.
         seed: of scenes, splits, initial weights and order.
         use_fused: run the Q-Former through the fused encoder.
         cache_dir: image features and the dequantised language model are kept here; default

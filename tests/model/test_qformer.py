@@ -63,6 +63,9 @@ class TestAgainstTransformers:
 
     def test_instruct_state_dicts_are_interchangeable(self):
         theirs, ours = InstructBlipQFormerModel(instruct_config()), QFormerModel(instruct_config())
+        assert {k: v.shape for k, v in ours.state_dict().items()} == {
+            k: v.shape for k, v in theirs.state_dict().items()
+        }
         ours.load_state_dict(theirs.state_dict(), strict=True)
         theirs.load_state_dict(ours.state_dict(), strict=True)
 
