@@ -5,6 +5,7 @@ of LAVIS's `blip2_qformer.py`. Where a rank stands alone nothing is gathered and
 get their gradient. As in LAVIS's BLIP-2 (and unlike BLIP) the temperature is not clamped.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +34,16 @@ from .negatives import INDEX_DTYPES, Negatives, check_negatives, positive_pairs,
 from .qformer import LMHead, init_bert_weights
 
 
+LOSSES = ("itc", "itm", "itg")
+"""Contrast, matching and generation."""
+
+
 @dataclass
 class Blip2PreTrainingOutput(ModelOutput):
     """What a step of stage 1 returns; n = world size * B.
 
     Attributes:
-        loss: [], the sum of the three.
+        loss: [], the sum of the three, or of those that were asked for; the others and their figures are None.
         loss_itc, loss_itm, loss_itg: [], this rank's share: the mean over ranks is the loss of the batch.
         image_embeds: [B, Q, E], contrastive image features of length 1.
         text_embeds: [B, E], contrastive text features of length 1.
@@ -80,6 +85,15 @@ class UnimodalPasses:
     text_hidden: Tensor
     caption_hidden: Tensor
     caption_labels: Tensor
+
+
+def _check_losses(losses: object) -> frozenset[str]:
+    expected = f"at least one of {', '.join(map(repr, LOSSES))}"
+    if isinstance(losses, str) or not isinstance(losses, Collection):
+        raise TypeError(f"losses: expected a collection with {expected}, got {describe(losses)}")
+    if not losses or not set(losses) <= set(LOSSES):
+        raise ValueError(f"losses: expected {expected}, got {losses!r}")
+    return frozenset(losses)
 
 
 class Blip2ForPreTraining(Blip2Base):
@@ -124,6 +138,7 @@ class Blip2ForPreTraining(Blip2Base):
         image_features: Tensor | None = None,
         image_ids: Tensor | None = None,
         negatives: Negatives | None = None,
+        losses: Collection[str] = LOSSES,
     ) -> Blip2PreTrainingOutput:
         """One step on B image-text pairs.
 
@@ -141,6 +156,8 @@ class Blip2ForPreTraining(Blip2Base):
                 contrast and are never drawn as negatives. Default: all images differ.
             negatives: `(image_index, text_index)`, integers [B] each, in [0, n) or -1 for none, instead of
                 drawn ones.
+            losses: which of "itc", "itm" and "itg" to compute, at least one. What belongs to the others is None
+                in the output. Without "itm" the matching pass, the dearest of all, is not run.
 
         Returns:
             `Blip2PreTrainingOutput`.
@@ -149,6 +166,7 @@ class Blip2ForPreTraining(Blip2Base):
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message. Values
             (of masks, ids, negatives) are looked at on the CPU only.
         """
+        wanted = _check_losses(losses)
         attention_mask = self._check_batch(input_ids, attention_mask, image_ids)
         features = self.frozen_features(image_features, pixel_values)
         batch, name = input_ids.shape[0], "pixel_values" if image_features is None else "image_features"
@@ -166,38 +184,41 @@ class Blip2ForPreTraining(Blip2Base):
         encode = self._encode_together if self.use_fused else self._encode_in_turn
         passes = encode(images, input_ids, attention_mask, dropout_key)
 
-        image_embeds = self.project_image(passes.query_hidden)
-        text_embeds = F.normalize(self.text_projection(passes.text_hidden), dim=-1)
-        sim_i2t, sim_t2i = contrastive_similarities(
-            image_embeds, text_embeds, self.temp, gradient=self.config.itc_gradient
-        )
         smoothing = self.config.label_smoothing
-        loss_itc = contrastive_loss(sim_i2t, sim_t2i, positives, label_smoothing=smoothing)
-
-        if negatives is None:
-            negatives = sample_hard_negatives(sim_i2t, sim_t2i, positives)
-        itm_logits, itm_labels = self._match_pairs(images, input_ids, attention_mask, negatives, dropout_key)
-        loss_itm = matching_loss(itm_logits, itm_labels)
-
-        lm_logits = self.cls["predictions"](passes.caption_hidden, self.embeddings.word_embeddings.weight)
-        loss_itg = caption_loss(
-            lm_logits,
-            passes.caption_labels,
-            label_smoothing=smoothing,
-            normalisation=self.config.lm_normalisation,
-        )
+        image_embeds = text_embeds = sim_i2t = sim_t2i = itm_logits = itm_labels = None
+        parts: dict[str, Tensor] = {}
+        if "itc" in wanted or negatives is None:
+            image_embeds = self.project_image(passes.query_hidden)
+            text_embeds = F.normalize(self.text_projection(passes.text_hidden), dim=-1)
+            sim_i2t, sim_t2i = contrastive_similarities(
+                image_embeds, text_embeds, self.temp, gradient=self.config.itc_gradient
+            )
+        if "itc" in wanted:
+            parts["loss_itc"] = contrastive_loss(sim_i2t, sim_t2i, positives, label_smoothing=smoothing)
+        if "itm" in wanted:
+            if negatives is None:
+                negatives = sample_hard_negatives(sim_i2t, sim_t2i, positives)
+            itm_logits, itm_labels = self._match_pairs(
+                images, input_ids, attention_mask, negatives, dropout_key
+            )
+            parts["loss_itm"] = matching_loss(itm_logits, itm_labels)
+        if "itg" in wanted:
+            parts["loss_itg"] = caption_loss(
+                self.cls["predictions"](passes.caption_hidden, self.embeddings.word_embeddings.weight),
+                passes.caption_labels,
+                label_smoothing=smoothing,
+                normalisation=self.config.lm_normalisation,
+            )
         return Blip2PreTrainingOutput(
-            loss=loss_itc + loss_itm + loss_itg,
-            loss_itc=loss_itc,
-            loss_itm=loss_itm,
-            loss_itg=loss_itg,
+            loss=torch.stack(list(parts.values())).sum(),
+            **parts,
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             sim_i2t=sim_i2t,
             sim_t2i=sim_t2i,
             itm_logits=itm_logits,
             itm_labels=itm_labels,
-            negatives=negatives,
+            negatives=negatives if "itm" in wanted else None,
         )
 
     def caption(

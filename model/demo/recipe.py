@@ -30,15 +30,17 @@ class Recipe:
         pairs, relations_a_pair, singles: size of the training set, see `scenes.make_splits`.
         held_out: scenes in each of validation and test.
         num_query_tokens: Q.
+        lookup_layers: self-attention layers in which words start looking themselves up, see `warm_start`.
         steps_without_itm: first steps of stage 1, on ITC and ITG: matching is no use before the things are
             known.
+        steps_between_itm: after them ITM, the dearest of the losses, joins in every so many steps.
         stage1_steps: steps of stage 1, the first ones included.
+        itc_weights: of the contrast, before and after `steps_without_itm`. At full weight its maximum over the
+            queries pulls all of them to the whole picture before any has learned its part of it.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         twin_share: probability that ITM's negative differs by the relation alone.
         stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
-        projection_scale: factor on the first weights of the language projection: soft prompts much larger
-            than word embeddings silence the language model.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         encode_batch_size: pictures a forward pass of the image encoder.
     """
@@ -48,17 +50,19 @@ class Recipe:
     singles: int = 500
     held_out: int = 160
     num_query_tokens: int = 16
-    steps_without_itm: int = 80
-    stage1_steps: int = 230
-    stage2_steps: int = 130
-    prompt_only_steps: int = 130
+    lookup_layers: tuple[int, ...] = (1, 3)
+    steps_without_itm: int = 160
+    steps_between_itm: int = 2
+    stage1_steps: int = 440
+    itc_weights: tuple[float, float] = (0.1, 0.3)
+    stage2_steps: int = 180
+    prompt_only_steps: int = 90
     twin_share: float = 0.5
-    stage1_batch_size: int = 64
+    stage1_batch_size: int = 32
     stage2_batch_size: int = 32
-    stage1_learning_rate: float = 5e-4
-    stage2_learning_rate: float = 2e-3
+    stage1_learning_rate: float = 2e-4
+    stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
-    projection_scale: float = 0.3
     encode_batch_size: int = 32
 
 
@@ -104,8 +108,17 @@ def train_stage1(
     """
     dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer, recipe.twin_share)
 
-    def weights(step: int) -> dict[str, float] | None:
-        return {"loss_itc": 1.0, "loss_itg": 1.0} if step < recipe.steps_without_itm else None
+    model.embeddings.word_embeddings.weight.requires_grad_(False)
+
+    def weights(step: int) -> dict[str, float]:
+        later = step - recipe.steps_without_itm
+        parts = {"loss_itc": recipe.itc_weights[later >= 0], "loss_itg": 1.0}
+        if later >= 0 and later % recipe.steps_between_itm == 0:
+            parts["loss_itm"] = 1.0
+        return parts
+
+    def step_function(model: Any, batch: dict[str, Tensor], step: int) -> Any:
+        return model(**batch, losses=[name.removeprefix("loss_") for name in weights(step)])
 
     return train(
         model,
@@ -116,6 +129,7 @@ def train_stage1(
         learning_rate=recipe.stage1_learning_rate,
         warmup_steps=min(30, recipe.stage1_steps // 4),
         loss_weights=weights,
+        step_function=step_function,
         output_dir=output_dir,
         bf16=has_fast_bf16(),
         seed=seed,

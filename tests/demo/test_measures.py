@@ -102,8 +102,8 @@ def test_smoothing_against_a_loop():
 
 
 def test_the_step_at_which_matching_joins_is_read_from_the_losses():
-    parts = {"loss_itc": 2.0, "loss_itg": 3.0, "loss_itm": 0.6}
-    rows = [{"step": i, "loss": 5.0 if i < 4 else 5.6, **parts} for i in range(1, 8)]
+    rows = [{"step": i, "loss": 5.0, "loss_itc": 2.0, "loss_itg": 3.0} for i in range(1, 8)]
+    rows[3]["loss_itm"] = rows[5]["loss_itm"] = 0.6
     assert figures.start_of_matching(rows) == 4
     assert figures.start_of_matching(rows[:3]) is None
 

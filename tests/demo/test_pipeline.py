@@ -82,6 +82,7 @@ def tiny(monkeypatch):
         singles=8,
         held_out=8,
         num_query_tokens=4,
+        lookup_layers=(1,),
         steps_without_itm=2,
         stage1_steps=4,
         stage2_steps=2,
