@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_tensor, describe
-from blip2_kernels.layout import TokenLayout
+from blip2_kernels.layout import CAPTION_STREAM, TEXT_STREAM, TokenLayout
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops.philox import draw_key
 
@@ -76,15 +76,15 @@ class UnimodalPasses:
 
     Attributes:
         query_hidden: [B, Q, C], the queries having read the image.
-        text_hidden: [B, C], the texts' first token having read the text.
-        caption_hidden: [rows, C], caption rows having read image and earlier caption.
-        caption_labels: int64 [rows], what each should predict, or -100.
+        text_hidden: [B, C], the texts' first token having read the text; None without contrast.
+        caption_hidden: [rows, C], caption rows having read image and earlier caption; None without generation.
+        caption_labels: int64 [rows], what each should predict, or -100; None without generation.
     """
 
     query_hidden: Tensor
-    text_hidden: Tensor
-    caption_hidden: Tensor
-    caption_labels: Tensor
+    text_hidden: Tensor | None = None
+    caption_hidden: Tensor | None = None
+    caption_labels: Tensor | None = None
 
 
 def _check_losses(losses: object) -> frozenset[str]:
@@ -157,7 +157,7 @@ class Blip2ForPreTraining(Blip2Base):
             negatives: `(image_index, text_index)`, integers [B] each, in [0, n) or -1 for none, instead of
                 drawn ones.
             losses: which of "itc", "itm" and "itg" to compute, at least one. What belongs to the others is None
-                in the output. Without "itm" the matching pass, the dearest of all, is not run.
+                in the output, and passes that only they need are not run.
 
         Returns:
             `Blip2PreTrainingOutput`.
@@ -181,13 +181,16 @@ class Blip2ForPreTraining(Blip2Base):
 
         images = self.prepare_images(features)
         dropout_key = draw_key(input_ids.device) if self.qformer.drops else None
-        encode = self._encode_together if self.use_fused else self._encode_in_turn
-        passes = encode(images, input_ids, attention_mask, dropout_key)
+        contrast = "itc" in wanted or ("itm" in wanted and negatives is None)
+        generate = "itg" in wanted
+        if contrast or generate:
+            encode = self._encode_together if self.use_fused else self._encode_in_turn
+            passes = encode(images, input_ids, attention_mask, dropout_key, contrast, generate)
 
         smoothing = self.config.label_smoothing
         image_embeds = text_embeds = sim_i2t = sim_t2i = itm_logits = itm_labels = None
         parts: dict[str, Tensor] = {}
-        if "itc" in wanted or negatives is None:
+        if contrast:
             image_embeds = self.project_image(passes.query_hidden)
             text_embeds = F.normalize(self.text_projection(passes.text_hidden), dim=-1)
             sim_i2t, sim_t2i = contrastive_similarities(
@@ -202,7 +205,7 @@ class Blip2ForPreTraining(Blip2Base):
                 images, input_ids, attention_mask, negatives, dropout_key
             )
             parts["loss_itm"] = matching_loss(itm_logits, itm_labels)
-        if "itg" in wanted:
+        if generate:
             parts["loss_itg"] = caption_loss(
                 self.cls["predictions"](passes.caption_hidden, self.embeddings.word_embeddings.weight),
                 passes.caption_labels,
@@ -256,53 +259,76 @@ class Blip2ForPreTraining(Blip2Base):
         return torch.cat([torch.full_like(input_ids[:, :1], self.config.dec_token_id), input_ids[:, 1:]], 1)
 
     def _encode_in_turn(
-        self, images: PreparedImages, input_ids: Tensor, attention_mask: Tensor, dropout_key: Tensor | None
+        self,
+        images: PreparedImages,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        dropout_key: Tensor | None,
+        contrast: bool,
+        generate: bool,
     ) -> UnimodalPasses:
         """Image, text and caption as three padded passes; the caption reads the image pass's cache."""
         image = self.qformer(
             self.query_tokens.expand(len(images), -1, -1),
             encoder_hidden_states=images.features,
-            use_cache=True,
+            use_cache=generate,
             dropout_key=dropout_key,
         )
-        text = self.text_hidden(input_ids, attention_mask, dropout_key=dropout_key)
-        caption = self.qformer(
-            self.embeddings(self._caption_ids(input_ids)),
-            F.pad(attention_mask, (self.config.num_query_tokens, 0), value=1),
-            query_length=0,
-            mask=MaskMode.MULTIMODAL_CAUSAL,
-            past_key_values=image.past_key_values,
-            dropout_key=dropout_key,
-        )
-        labels = caption_labels(input_ids, attention_mask, self.config.pad_token_id)
-        return UnimodalPasses(
-            query_hidden=image.last_hidden_state,
-            text_hidden=text[:, 0],
-            caption_hidden=caption.last_hidden_state.flatten(0, 1),
-            caption_labels=labels.flatten(),
-        )
+        text_hidden = caption_hidden = labels = None
+        if contrast:
+            text_hidden = self.text_hidden(input_ids, attention_mask, dropout_key=dropout_key)[:, 0]
+        if generate:
+            caption = self.qformer(
+                self.embeddings(self._caption_ids(input_ids)),
+                F.pad(attention_mask, (self.config.num_query_tokens, 0), value=1),
+                query_length=0,
+                mask=MaskMode.MULTIMODAL_CAUSAL,
+                past_key_values=image.past_key_values,
+                dropout_key=dropout_key,
+            )
+            caption_hidden = caption.last_hidden_state.flatten(0, 1)
+            labels = caption_labels(input_ids, attention_mask, self.config.pad_token_id).flatten()
+        return UnimodalPasses(image.last_hidden_state, text_hidden, caption_hidden, labels)
 
     def _encode_together(
-        self, images: PreparedImages, input_ids: Tensor, attention_mask: Tensor, dropout_key: Tensor | None
+        self,
+        images: PreparedImages,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        dropout_key: Tensor | None,
+        contrast: bool,
+        generate: bool,
     ) -> UnimodalPasses:
         """The same as one packed pass over [queries | text | caption]: under both masks queries see queries
         only, and the two texts never see each other."""
         queries = self.query_tokens.expand(len(images), -1, -1)
-        layout = TokenLayout.from_attention_masks(queries.shape[1], [attention_mask, attention_mask])
-        texts = [self.embeddings(input_ids), self.embeddings(self._caption_ids(input_ids))]
+        segments = []
+        if contrast:
+            segments.append((self.embeddings(input_ids), TEXT_STREAM, MaskMode.UNIMODAL))
+        if generate:
+            captions = self.embeddings(self._caption_ids(input_ids))
+            segments.append((captions, CAPTION_STREAM, MaskMode.MULTIMODAL_CAUSAL))
+        texts, streams, modes = zip(*segments, strict=True)
+        layout = TokenLayout.from_attention_masks(
+            queries.shape[1], [attention_mask] * len(segments), text_streams=streams
+        )
         rows = self.qformer.fused_encoder(
             layout.pack(queries.to(texts[0].dtype), texts),
             layout,
-            AttentionMask((MaskMode.UNIMODAL, MaskMode.MULTIMODAL_CAUSAL)),
+            AttentionMask(modes),
             images.key_values,
             dropout_key=dropout_key,
         )
-        labels = caption_labels(input_ids, attention_mask, self.config.pad_token_id)
+        caption_hidden = labels = None
+        if generate:
+            caption_hidden = rows[layout.text_start(len(segments) - 1) :]
+            padded = caption_labels(input_ids, attention_mask, self.config.pad_token_id)
+            labels = padded.flatten()[layout.texts[-1].source]
         return UnimodalPasses(
-            query_hidden=layout.unpack_queries(rows),
-            text_hidden=rows[layout.first_rows(0)],
-            caption_hidden=rows[layout.text_start(1) :],
-            caption_labels=labels.flatten()[layout.texts[1].source],
+            layout.unpack_queries(rows),
+            rows[layout.first_rows(0)] if contrast else None,
+            caption_hidden,
+            labels,
         )
 
     def _match_pairs(

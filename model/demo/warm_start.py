@@ -131,7 +131,9 @@ def start_looking_up(
     """
     words = model.embeddings.word_embeddings.weight
     head = model.config.qformer.hidden_size // model.config.qformer.num_attention_heads
-    used = sorted({i for row in tokenizer(list(captions), add_special_tokens=False)["input_ids"] for i in row})
+    used = sorted(
+        {i for row in tokenizer(list(captions), add_special_tokens=False)["input_ids"] for i in row}
+    )
     directions = _leading(words[used], head - 1, whiten=True)
     places = _leading(model.query_tokens[0], min(model.config.num_query_tokens - 1, head))
     batch = tokenizer(list(captions[:SOME]), padding=True, return_tensors="pt").to(words.device)

@@ -97,6 +97,71 @@ def test_both_paths_draw_the_same_negatives_and_new_masks_each_step():
     assert len(set(losses[0])) == 3
 
 
+SUBSETS = [("itc",), ("itm",), ("itg",), ("itc", "itm"), ("itc", "itg"), ("itm", "itg"), LOSSES]
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("losses", SUBSETS, ids="+".join)
+def test_some_of_the_losses_are_what_they_are_together(use_fused, losses):
+    """With dropout: leaving a pass out changes no mask of the others."""
+    model = small_model(use_fused=use_fused, dtype=torch.float64, dropout=0.3).train()
+    inputs, negatives = small_batch(), some_negatives(4)
+    torch.manual_seed(3)
+    together = model(**inputs, negatives=negatives)
+    torch.manual_seed(3)
+    some = model(**inputs, negatives=negatives, losses=losses)
+    for name in LOSSES:
+        name = f"loss_{name}"
+        if name.removeprefix("loss_") not in losses:
+            assert getattr(some, name) is None
+            continue
+        torch.testing.assert_close(some[name], together[name], rtol=0, atol=1e-12)
+        assert_same_gradients(gradients(some[name], model), gradients(together[name], model), torch.float64)
+    torch.testing.assert_close(
+        some.loss, sum(together[f"loss_{name}"] for name in losses), rtol=0, atol=1e-12
+    )
+    assert (some.sim_i2t is None) == ("itc" not in losses)
+    assert (some.itm_logits is None) == (some.negatives is None) == ("itm" not in losses)
+
+
+@pytest.mark.parametrize(
+    ("losses", "fixed_negatives", "plain_passes", "fused_passes"),
+    [
+        (("itc",), False, 2, 1),
+        (("itg",), False, 2, 1),
+        (("itm",), False, 3, 2),
+        (("itm",), True, 1, 1),
+        (("itc", "itg"), True, 3, 1),
+        (("itm", "itg"), True, 3, 2),
+    ],
+)
+def test_only_passes_that_a_loss_needs_are_run(
+    losses, fixed_negatives, plain_passes, fused_passes, monkeypatch
+):
+    calls = []
+    plain, fused = QFormerModel.forward, FusedEncoder.__call__
+    monkeypatch.setattr(QFormerModel, "forward", lambda *a, **k: calls.append("plain") or plain(*a, **k))
+    monkeypatch.setattr(FusedEncoder, "__call__", lambda *a, **k: calls.append("fused") or fused(*a, **k))
+    negatives = some_negatives(4) if fixed_negatives else None
+    for use_fused in (False, True):
+        small_model(use_fused=use_fused)(**small_batch(), negatives=negatives, losses=losses)
+    assert calls == ["plain"] * plain_passes + ["fused"] * fused_passes
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        ("itc", TypeError, "losses: expected a collection with at least one of 'itc', 'itm', 'itg', got str"),
+        (None, TypeError, "losses: expected a collection"),
+        ((), ValueError, "losses: expected at least one of"),
+        (("itc", "mlm"), ValueError, "losses: expected at least one of"),
+    ],
+)
+def test_losses_that_there_are_not_are_refused(losses, error, message):
+    with pytest.raises(error, match=message):
+        small_model()(**small_batch(), losses=losses)
+
+
 @pytest.mark.parametrize(("use_fused", "passes"), [(False, 4), (True, 2)])
 def test_the_path_that_was_asked_for_is_taken(use_fused, passes, monkeypatch):
     calls, projections = [], []
