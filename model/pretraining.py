@@ -33,7 +33,6 @@ from .losses import (
 from .negatives import INDEX_DTYPES, Negatives, check_negatives, positive_pairs, sample_hard_negatives
 from .qformer import LMHead, init_bert_weights
 
-
 LOSSES = ("itc", "itm", "itg")
 """Contrast, matching and generation."""
 
@@ -43,7 +42,8 @@ class Blip2PreTrainingOutput(ModelOutput):
     """What a step of stage 1 returns; n = world size * B.
 
     Attributes:
-        loss: [], the sum of the three, or of those that were asked for; the others and their figures are None.
+        loss: [], the sum of the three, or of those that were asked for; the others and their figures are
+            None.
         loss_itc, loss_itm, loss_itg: [], this rank's share: the mean over ranks is the loss of the batch.
         image_embeds: [B, Q, E], contrastive image features of length 1.
         text_embeds: [B, E], contrastive text features of length 1.
@@ -77,7 +77,8 @@ class UnimodalPasses:
     Attributes:
         query_hidden: [B, Q, C], the queries having read the image.
         text_hidden: [B, C], the texts' first token having read the text; None without contrast.
-        caption_hidden: [rows, C], caption rows having read image and earlier caption; None without generation.
+        caption_hidden: [rows, C], caption rows having read image and earlier caption; None without
+            generation.
         caption_labels: int64 [rows], what each should predict, or -100; None without generation.
     """
 
@@ -156,8 +157,8 @@ class Blip2ForPreTraining(Blip2Base):
                 contrast and are never drawn as negatives. Default: all images differ.
             negatives: `(image_index, text_index)`, integers [B] each, in [0, n) or -1 for none, instead of
                 drawn ones.
-            losses: which of "itc", "itm" and "itg" to compute, at least one. What belongs to the others is None
-                in the output, and passes that only they need are not run.
+            losses: which of "itc", "itm" and "itg" to compute, at least one. What belongs to the others is
+                None in the output, and passes that only they need are not run.
 
         Returns:
             `Blip2PreTrainingOutput`.

@@ -44,8 +44,8 @@ class SceneDataset(Dataset):
 
 
 class TwinBatches:
-    """Batches of indices in which scenes of the same two things meet, so that `draw_negatives` finds
-    negatives that differ by the relation alone.
+    """Batches of indices in which scenes of the same two things meet: the contrast has to tell them apart by
+    the relation alone, and draws them as hard negatives for matching.
 
     Args:
         groups: of each scene, as `Splits.twins`.
@@ -84,19 +84,14 @@ def tell(scene: Scene, rng: Any = random) -> str:
 
 
 class Stage1Collate:
-    """Scenes to what `Blip2ForPreTraining.forward` takes, negatives for ITM included.
+    """Scenes to what `Blip2ForPreTraining.forward` takes.
 
     Args:
         tokenizer: of the texts.
-        twin_share: probability that a scene's negative is a twin of it (where the batch holds one) rather
-            than any other scene. All twins is too hard a start: ITM then learns to answer 2/3 "no" and
-            nothing else.
     """
 
-    def __init__(self, tokenizer: Any, twin_share: float = 0.5) -> None:
-        if not 0 <= twin_share <= 1:
-            raise ValueError(f"twin_share: expected a number in [0, 1], got {twin_share}")
-        self.tokenizer, self.twin_share = tokenizer, twin_share
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         texts = self.tokenizer([tell(scene) for _, scene, _ in samples], padding=True, return_tensors="pt")
@@ -104,30 +99,7 @@ class Stage1Collate:
             "input_ids": texts["input_ids"],
             "attention_mask": texts["attention_mask"],
             "image_features": torch.stack([features for features, _, _ in samples]).float(),
-            "negatives": draw_negatives([group for _, _, group in samples], self.twin_share),
         }
-
-
-def draw_negatives(groups: Sequence[int], twin_share: float, rng: Any = random) -> tuple[Tensor, Tensor]:
-    """A negative image and a negative text for each sample of a batch.
-
-    Args:
-        groups: of each sample; samples of one group are twins.
-        twin_share: probability of a twin where there is one; otherwise a sample of another group.
-        rng: `random` or a `random.Random`.
-
-    Returns:
-        (image_index, text_index), int64 [B] each; -1 where there is nothing to draw.
-    """
-
-    def draw(sample: int) -> int:
-        twins = [i for i, group in enumerate(groups) if group == groups[sample] and i != sample]
-        others = [i for i, group in enumerate(groups) if group != groups[sample]]
-        wanted = twins if twins and (rng.random() < twin_share or not others) else others
-        return rng.choice(wanted) if wanted else -1
-
-    image_index = torch.tensor([draw(sample) for sample in range(len(groups))])
-    return image_index, torch.tensor([draw(sample) for sample in range(len(groups))])
 
 
 PROMPT = "An image of"

@@ -100,7 +100,7 @@ def run(
     tokenizer = assets.load_text_tokenizer()
     stage1 = assets.load_stage1(plan.num_query_tokens, use_fused=use_fused, seed=seed).to(device)
     captions = [scene.caption() for scene in splits.train]
-    warm_start.start_from_captions(stage1, features.train, captions, tokenizer, plan.lookup_layers)
+    warm_start.start_in_words(stage1, features.train, captions, tokenizer)
     history1 = recipe.train_stage1(
         stage1,
         features.train,

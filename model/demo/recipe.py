@@ -30,34 +30,26 @@ class Recipe:
         pairs, relations_a_pair, singles: size of the training set, see `scenes.make_splits`.
         held_out: scenes in each of validation and test.
         num_query_tokens: Q.
-        lookup_layers: self-attention layers in which words start looking themselves up, see `warm_start`.
-        steps_without_itm: first steps of stage 1, on ITC and ITG: matching is no use before the things are
-            known.
-        steps_between_itm: after them ITM, the dearest of the losses, joins in every so many steps.
-        stage1_steps: steps of stage 1, the first ones included.
-        itc_weights: of the contrast, before and after `steps_without_itm`. At full weight its maximum over the
-            queries pulls all of them to the whole picture before any has learned its part of it.
+        contrast_steps: first steps of stage 1, on ITC alone: what has learned to tell twins apart gives ITM
+            and ITG a start that they do not find by themselves.
+        stage1_steps: steps of stage 1, the first ones included; behind them ITC is joined by ITM and ITG in
+            turn.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
-        twin_share: probability that ITM's negative differs by the relation alone.
         stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         encode_batch_size: pictures a forward pass of the image encoder.
     """
 
-    pairs: int = 1250
+    pairs: int = 2400
     relations_a_pair: int = 2
     singles: int = 500
     held_out: int = 160
     num_query_tokens: int = 16
-    lookup_layers: tuple[int, ...] = (1, 3)
-    steps_without_itm: int = 160
-    steps_between_itm: int = 2
-    stage1_steps: int = 440
-    itc_weights: tuple[float, float] = (0.1, 0.3)
+    contrast_steps: int = 180
+    stage1_steps: int = 760
     stage2_steps: int = 180
     prompt_only_steps: int = 90
-    twin_share: float = 0.5
     stage1_batch_size: int = 32
     stage2_batch_size: int = 32
     stage1_learning_rate: float = 2e-4
@@ -71,7 +63,7 @@ QUICK = Recipe(
     pairs=200,
     singles=100,
     held_out=40,
-    steps_without_itm=20,
+    contrast_steps=20,
     stage1_steps=60,
     stage2_steps=12,
     prompt_only_steps=4,
@@ -87,6 +79,11 @@ def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
         yield
 
 
+def hold_then_fall(done: int, length: int) -> float:
+    """Learning rate as a share of its peak: 1, and over the last two fifths a straight line to 0."""
+    return min(1.0, (length - done) / (0.4 * length))
+
+
 def train_stage1(
     model: Blip2ForPreTraining,
     features: Tensor,
@@ -99,26 +96,20 @@ def train_stage1(
     seed: int = 0,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Stage 1 (paper section 3.2): ITC + ITG first, then ITM too; returns the history of all steps.
+    """Stage 1 (paper section 3.1): ITC first, then ITM and ITG too; returns the history of all steps.
 
     Args:
-        model: trained in place.
+        model: trained in place, but for the word embeddings, which stay what they are: their gradient is that
+            of a whole vocabulary and would cost a third of a step.
         features: [n, tokens, width] of the training scenes, before ``ln_vision``.
         scenes, twins: of `Splits`.
     """
-    dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer, recipe.twin_share)
-
+    dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer)
     model.embeddings.word_embeddings.weight.requires_grad_(False)
 
-    def weights(step: int) -> dict[str, float]:
-        later = step - recipe.steps_without_itm
-        parts = {"loss_itc": recipe.itc_weights[later >= 0], "loss_itg": 1.0}
-        if later >= 0 and later % recipe.steps_between_itm == 0:
-            parts["loss_itm"] = 1.0
-        return parts
-
     def step_function(model: Any, batch: dict[str, Tensor], step: int) -> Any:
-        return model(**batch, losses=[name.removeprefix("loss_") for name in weights(step)])
+        joined = () if step < recipe.contrast_steps else ("itm",) if step % 2 else ("itg",)
+        return model(**batch, losses=("itc", *joined))
 
     return train(
         model,
@@ -128,7 +119,7 @@ def train_stage1(
         max_steps=recipe.stage1_steps,
         learning_rate=recipe.stage1_learning_rate,
         warmup_steps=min(30, recipe.stage1_steps // 4),
-        loss_weights=weights,
+        schedule=hold_then_fall,
         step_function=step_function,
         output_dir=output_dir,
         bf16=has_fast_bf16(),
@@ -151,7 +142,7 @@ def train_stage2(
     progress: bool = True,
     description: str = "stage 2",
 ) -> TrainResult:
-    """Stage 2 (paper section 3.3): caption loss through the frozen language model; trains Q-Former and
+    """Stage 2 (paper section 3.2): caption loss through the frozen language model; trains Q-Former and
     projection.
     """
     rate = recipe.stage2_qformer_rate

@@ -1,17 +1,13 @@
-"""Where the demo starts training: each part already looks at the right thing, and nothing more.
+"""Where the demo starts training: closed forms in place of random numbers, for want of steps.
 
-BLIP-2 finds in 250,000 steps how parts of a picture and words are matched. The demo has a few hundred, in which
-random cross-attention learns *what* is shown but never *which of the two lies where*: to tell that, a word has to
-find the query that shows it, and nothing rewards half of the way. So the new weights start from closed forms that
-need the training captions and features only:
+BLIP-2 learns in 250,000 steps to match parts of a picture with words. The demo has a few hundred, so its new
+weights start from what the training captions and features give by themselves:
 
 - every query looks at a cell of the picture of its own (`start_on_a_grid`);
 - what it reads there is in words: ridge regression from mean features to the words of the captions
   (`start_in_words`);
-- in two layers one head of the pretrained self-attention is given to looking words up: a word attends to
-  the queries that show it and reads where they look (`start_looking_up`);
-- in stage 2 the language projection starts as ridge regression from the queries to the language model's
-  embeddings of the captions (`start_projection`).
+- in stage 2 the language projection is ridge regression from the queries to the language model's embeddings
+  of the captions' words (`start_projection`).
 
 None of them is held fixed.
 """
@@ -33,9 +29,6 @@ from .ridge import Ridge, fit_ridge
 
 RELATIVE_PENALTY = 0.02
 """Penalty of the ridge regressions as a share of the inputs' mean squared deviation."""
-
-LOOKUP_LEAD = 16.0
-"""How far a query's score in a lookup head leads that of a text row, which would else find itself."""
 
 SOME = 64
 """Samples from which means and scales are taken."""
@@ -71,18 +64,6 @@ def start_on_a_grid(model: Blip2ForPreTraining, tokens_a_side: int = 7, sharpnes
         attention.attention.query.weight.copy_(sharpness * torch.eye(hidden))
 
 
-def start_from_captions(
-    model: Blip2ForPreTraining,
-    features: Tensor,
-    captions: Sequence[str],
-    tokenizer: Any,
-    lookup_layers: Sequence[int] = (1, 3),
-) -> None:
-    """`start_in_words`, then `start_looking_up`, for a model that started on a grid."""
-    start_in_words(model, features, captions, tokenizer)
-    start_looking_up(model, features, captions, tokenizer, lookup_layers)
-
-
 @torch.no_grad()
 def start_in_words(
     model: Blip2ForPreTraining, features: Tensor, captions: Sequence[str], tokenizer: Any
@@ -109,64 +90,13 @@ def start_in_words(
 
 
 @torch.no_grad()
-def start_looking_up(
-    model: Blip2ForPreTraining,
-    features: Tensor,
-    captions: Sequence[str],
-    tokenizer: Any,
-    layers: Sequence[int],
-) -> None:
-    """Give the first self-attention head of some layers to looking words up in the picture.
-
-    Its queries and keys are the leading directions of the captions' word embeddings, so a word attends to the
-    rows in which it stands: to the query tokens that read it out of the picture. One direction more tells
-    query rows from text rows, or every word would find itself. Its values are where a query looks.
-
-    Args:
-        model: started on a grid and in words.
-        features: [n, tokens, width] of training pictures, before ``ln_vision``.
-        captions: n texts, one a picture.
-        tokenizer: of the texts.
-        layers: numbers of the layers, each behind the first cross-attention.
-    """
-    words = model.embeddings.word_embeddings.weight
-    head = model.config.qformer.hidden_size // model.config.qformer.num_attention_heads
-    used = sorted(
-        {i for row in tokenizer(list(captions), add_special_tokens=False)["input_ids"] for i in row}
-    )
-    directions = _leading(words[used], head - 1, whiten=True)
-    places = _leading(model.query_tokens[0], min(model.config.num_query_tokens - 1, head))
-    batch = tokenizer(list(captions[:SOME]), padding=True, return_tensors="pt").to(words.device)
-    real = batch["attention_mask"].bool()
-    for number in layers:
-        attention = model.qformer.encoder.layer[number].attention
-        queries, texts = _inputs_of(model, attention, features[:SOME].to(words), batch)
-        queries, texts = queries.flatten(0, 1), texts[real]
-        found = directions / (texts @ directions.T).std()
-        apart = queries.mean(0) - texts.mean(0)
-        apart /= apart.square().sum()
-        middle = apart @ (queries.mean(0) + texts.mean(0)) / 2
-        own = slice(0, head)
-        for side in (attention.attention.query, attention.attention.key):
-            side.weight[own], side.bias[own] = 0, 0
-            side.weight[: head - 1] = found
-        attention.attention.query.bias[head - 1] = head**0.5
-        attention.attention.key.weight[head - 1] = LOOKUP_LEAD * apart
-        attention.attention.key.bias[head - 1] = -LOOKUP_LEAD * middle
-        attention.attention.value.weight[own], attention.attention.value.bias[own] = 0, 0
-        attention.attention.value.weight[: len(places)] = places
-        attention.output.dense.weight[:, own] = 0
-        attention.output.dense.weight[:, : len(places)] = places.T
-
-
-@torch.no_grad()
 def start_projection(
     model: Blip2ForConditionalGeneration, features: Tensor, captions: Sequence[str], tokenizer: Any
 ) -> None:
     """Let the soft prompt start as the language model's own embeddings of the words each query read.
 
-    Ridge regression from the mean of a picture's queries to the mean embedding of its caption's tokens, scaled
-    to the norm of an embedding (a much louder soft prompt silences the language model).
+    Ridge regression from the mean of a picture's queries to the mean embedding of its caption's tokens,
+    scaled to the norm of an embedding (a much louder soft prompt silences the language model).
 
     Args:
         model: stage 2, from a trained stage 1.
@@ -187,7 +117,7 @@ def start_projection(
     _become(model.language_projection, ridge, _scale(ridge, states[:SOME], norm))
 
 
-# ---------------------------------------------------------------------------------------------------- in common
+# ------------------------------------------------------------------------------------------------ in common
 
 
 def _cross_attentions(model: Blip2ForPreTraining) -> Iterator[nn.Module]:
@@ -216,39 +146,3 @@ def _become(linear: nn.Module, ridge: Ridge, scale: float) -> None:
     """Let a Linear compute the centred prediction times scale."""
     linear.weight.copy_(scale * ridge.weight.T)
     linear.bias.copy_(-scale * (ridge.x_mean @ ridge.weight))
-
-
-def _leading(rows: Tensor, count: int, *, whiten: bool = False) -> Tensor:
-    """The directions [count, width] in which rows [n, width] differ most, of length 1 or (`whiten`) such that
-    the rows' coordinates have one variance.
-    """
-    centred = rows - rows.mean(0)
-    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
-    return directions[:count] / sizes[:count, None] if whiten else directions[:count]
-
-
-def _inputs_of(
-    model: Blip2ForPreTraining, attention: nn.Module, features: Tensor, batch: Any
-) -> tuple[Tensor, Tensor]:
-    """Hidden states [n, Q, C] and [n, T, C] with which query and text rows enter a self-attention module in
-    the matching pass.
-    """
-    entered: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        entered.append(args[0] if args else kwargs["hidden_states"])
-
-    was_fused, model.use_fused = model.use_fused, False
-    hook = attention.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        model.multimodal_hidden(
-            model.prepare_images(features),
-            batch["input_ids"],
-            batch["attention_mask"],
-            image_index=torch.arange(len(features), device=features.device),
-        )
-    finally:
-        hook.remove()
-        model.use_fused = was_fused
-    queries = model.config.num_query_tokens
-    return entered[0][:, :queries], entered[0][:, queries:]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from blip2_kernels.model.demo.batches import TwinBatches, draw_negatives, tell
+from blip2_kernels.model.demo.batches import TwinBatches, tell
 from blip2_kernels.model.demo.concepts import NEVER_TRAINED, TRAINED, with_article
 from blip2_kernels.model.demo.scenes import (
     OPPOSITE,
@@ -176,23 +176,3 @@ def test_twins_meet_in_batches_and_epochs_differ(splits):
     assert list(batches) == epoch
     batches.set_epoch(1)
     assert list(batches) != epoch
-
-
-def test_negatives_are_twins_as_often_as_asked_and_never_the_scene_itself():
-    groups = [0, 0, 1, 1, 2, 3]
-    rng = random.Random(12)
-    drawn = [draw_negatives(groups, 0.5, rng) for _ in range(400)]
-    for side in (0, 1):
-        columns = [[pair[side][sample].item() for pair in drawn] for sample in range(6)]
-        for sample, values in enumerate(columns):
-            assert sample not in values and -1 not in values
-            twin = {0: 1, 1: 0, 2: 3, 3: 2}.get(sample)
-            share = sum(value == twin for value in values) / len(values)
-            assert share == pytest.approx(0.5 if twin is not None else 0.0, abs=0.1)
-            others = {i for i, group in enumerate(groups) if group != groups[sample]}
-            assert set(values) - {twin} == others
-    assert all(pair[0].tolist() != pair[1].tolist() for pair in drawn[:5])  # both sides draw for themselves
-    always = draw_negatives(groups, 1.0, rng)[0].tolist()
-    assert always[:4] == [1, 0, 3, 2]
-    assert draw_negatives([5], 0.5, rng)[0].tolist() == [-1]
-    assert draw_negatives([5, 5], 0.0, rng)[0].tolist() == [1, 0]
