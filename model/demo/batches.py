@@ -110,6 +110,9 @@ class Stage2Collate:
     """Scenes to what `Blip2ForConditionalGeneration.forward` takes: "An image of a banana left of a car." and
     the end-of-text token, of which the prompt is not supervised.
 
+    Captions are told in reading order. Told from either side, the relation depends on the thing that the
+    language model has just named; a frozen one of this size cannot look that up (not even in plain words).
+
     Args:
         tokenizer: the language model's.
         features: a fixed [1, tokens, width] instead of each scene's own (the prompt-only baseline).
@@ -119,9 +122,10 @@ class Stage2Collate:
         self.tokenizer, self.features = tokenizer, features
         self.prompt_ids: list[int] = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
 
-    def texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def texts(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
         """Token ids int64 [n, T], their mask and the lengths of the prompts."""
         end = self.tokenizer.eos_token_id
+        captions = [scene.in_reading_order().caption() for scene in scenes]
         told = self.tokenizer([f"{PROMPT} {caption}." for caption in captions], add_special_tokens=False)
         rows = [[*row, end] for row in told["input_ids"]]
         longest = max(map(len, rows))
@@ -135,4 +139,4 @@ class Stage2Collate:
         features = torch.stack([features for features, _, _ in samples]).float()
         if self.features is not None:
             features = self.features.float().expand(len(samples), -1, -1)
-        return {**self.texts([tell(scene) for _, scene, _ in samples]), "image_features": features}
+        return {**self.texts([scene for _, scene, _ in samples]), "image_features": features}

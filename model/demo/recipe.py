@@ -30,10 +30,10 @@ class Recipe:
         pairs, relations_a_pair, singles: size of the training set, see `scenes.make_splits`.
         held_out: scenes in each of validation and test.
         num_query_tokens: Q.
-        contrast_steps: first steps of stage 1, on ITC alone: what has learned to tell twins apart gives ITM
-            and ITG a start that they do not find by themselves.
-        stage1_steps: steps of stage 1, the first ones included; behind them ITC is joined by ITM and ITG in
-            turn.
+        contrast_steps: stage 1 begins on ITC alone, for so many steps at most: see `ContrastFirst`.
+        stage1_steps: steps of stage 1, the first ones included.
+        stage1_warmup_steps: of the learning rate. A short warm-up teaches the things at once, and then often
+            never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
@@ -46,10 +46,11 @@ class Recipe:
     singles: int = 500
     held_out: int = 160
     num_query_tokens: int = 16
-    contrast_steps: int = 180
+    contrast_steps: int = 300
     stage1_steps: int = 760
-    stage2_steps: int = 180
-    prompt_only_steps: int = 90
+    stage1_warmup_steps: int = 100
+    stage2_steps: int = 220
+    prompt_only_steps: int = 80
     stage1_batch_size: int = 32
     stage2_batch_size: int = 32
     stage1_learning_rate: float = 2e-4
@@ -65,10 +66,16 @@ QUICK = Recipe(
     held_out=40,
     contrast_steps=20,
     stage1_steps=60,
+    stage1_warmup_steps=10,
     stage2_steps=12,
     prompt_only_steps=4,
 )
 """Shows that everything works; too short to learn where things are."""
+
+
+WORDS = "embeddings.word_embeddings.weight"
+"""The parameter of stage 1 that stays what it was in MiniLM: its gradient is that of a whole vocabulary and
+would cost a third of a step."""
 
 
 @contextlib.contextmanager
@@ -77,6 +84,34 @@ def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, torch.bfloat16, enabled=has_fast_bf16() if enabled is None else enabled):
         yield
+
+
+class ContrastFirst:
+    """Steps of stage 1: ITC alone until it tells twins apart, then ITC with ITM and ITG in turn.
+
+    Matching and generation hardly find by themselves that the order of two things matters: twins differ in it
+    alone, and a verdict about them has no slope before both towers know it. The contrast finds it, and then
+    the others do within a hundred steps.
+
+    Args:
+        longest: ITC is alone for so many steps at most.
+        enough: until this share of a batch's images (running mean) fits its own text best. With twins not
+            told apart it stays below 0.6.
+    """
+
+    def __init__(self, longest: int, enough: float = 0.8) -> None:
+        self.longest, self.enough = longest, enough
+        self.share, self.alone = 0.0, True
+
+    def __call__(self, model: Any, batch: dict[str, Tensor], step: int) -> Any:
+        self.alone = self.alone and step < self.longest and self.share < self.enough
+        joined = () if self.alone else ("itm",) if step % 2 else ("itg",)
+        output = model(**batch, losses=("itc", *joined))
+        if self.alone:
+            own = torch.arange(len(output.sim_i2t), device=output.sim_i2t.device)
+            right = (output.sim_i2t.argmax(1) == own).double().mean().item()
+            self.share += 0.1 * (right - self.share)
+        return output
 
 
 def hold_then_fall(done: int, length: int) -> float:
@@ -99,18 +134,12 @@ def train_stage1(
     """Stage 1 (paper section 3.1): ITC first, then ITM and ITG too; returns the history of all steps.
 
     Args:
-        model: trained in place, but for the word embeddings, which stay what they are: their gradient is that
-            of a whole vocabulary and would cost a third of a step.
+        model: trained in place, but for `WORDS`.
         features: [n, tokens, width] of the training scenes, before ``ln_vision``.
         scenes, twins: of `Splits`.
     """
     dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer)
-    model.embeddings.word_embeddings.weight.requires_grad_(False)
-
-    def step_function(model: Any, batch: dict[str, Tensor], step: int) -> Any:
-        joined = () if step < recipe.contrast_steps else ("itm",) if step % 2 else ("itg",)
-        return model(**batch, losses=("itc", *joined))
-
+    model.get_parameter(WORDS).requires_grad_(False)
     return train(
         model,
         dataset,
@@ -118,9 +147,9 @@ def train_stage1(
         batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed),
         max_steps=recipe.stage1_steps,
         learning_rate=recipe.stage1_learning_rate,
-        warmup_steps=min(30, recipe.stage1_steps // 4),
+        warmup_steps=recipe.stage1_warmup_steps,
         schedule=hold_then_fall,
-        step_function=step_function,
+        step_function=ContrastFirst(recipe.contrast_steps),
         output_dir=output_dir,
         bf16=has_fast_bf16(),
         seed=seed,

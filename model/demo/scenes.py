@@ -84,6 +84,10 @@ class Scene:
         """The same picture told from the second thing: "a car right of a banana"."""
         return replace(self, things=self.things[::-1])
 
+    def in_reading_order(self) -> Scene:
+        """The same picture told from left to right or from top to bottom: "a banana left of a car"."""
+        return self.swapped() if self.relation in ("right of", "below") else self
+
     def caption(self) -> str:
         """``a banana left of a car`` or ``a banana at the top``."""
         if len(self.things) == 1:

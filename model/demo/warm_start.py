@@ -6,8 +6,8 @@ weights start from what the training captions and features give by themselves:
 - every query looks at a cell of the picture of its own (`start_on_a_grid`);
 - what it reads there is in words: ridge regression from mean features to the words of the captions
   (`start_in_words`);
-- in stage 2 the language projection is ridge regression from the queries to the language model's embeddings
-  of the captions' words (`start_projection`).
+- in stage 2 the language projection is ridge regression from what the queries have become to the language
+  model's words for what their cells show (`start_projection`).
 
 None of them is held fixed.
 """
@@ -31,7 +31,13 @@ RELATIVE_PENALTY = 0.02
 """Penalty of the ridge regressions as a share of the inputs' mean squared deviation."""
 
 SOME = 64
-"""Samples from which means and scales are taken."""
+"""Samples from which scales are taken."""
+
+ENOUGH = 3000
+"""Samples from which the language projection is fitted."""
+
+WHERE_TO_WHAT = 0.5
+"""Norm of the words for a query's place beside that of the words for what it sees."""
 
 
 @torch.no_grad()
@@ -82,7 +88,7 @@ def start_in_words(
     """
     words = model.embeddings.word_embeddings.weight
     seen = torch.cat([model.ln_vision(part.to(words)).mean(1) for part in features.split(256)])
-    ridge = _fit(seen, _mean_words(words, captions, tokenizer))
+    ridge = _fit(seen, _mean_words(words, tokenizer(list(captions))))
     scale = _scale(ridge, model.ln_vision(features[:SOME].to(words)), model.config.qformer.hidden_size**0.5)
     for attention in _cross_attentions(model):
         _become(attention.attention.value, ridge, scale)
@@ -93,28 +99,37 @@ def start_in_words(
 def start_projection(
     model: Blip2ForConditionalGeneration, features: Tensor, captions: Sequence[str], tokenizer: Any
 ) -> None:
-    """Let the soft prompt start as the language model's own embeddings of the words each query read.
+    """Let each query's soft prompt start as the language model's words for what its cell shows, and where.
 
-    Ridge regression from the mean of a picture's queries to the mean embedding of its caption's tokens,
-    scaled to the norm of an embedding (a much louder soft prompt silences the language model).
+    As in `start_in_words`, a ridge regression from mean features to the mean embedding of the captions' words
+    is applied to each cell of the grid; the words for the cell's place ("left" to "right", "top" to "bottom")
+    are added. The projection is the ridge regression from the queries' hidden states to that, scaled to the
+    norm of an embedding: a much louder soft prompt silences the language model.
 
     Args:
-        model: stage 2, from a trained stage 1.
-        features: [n, tokens, width] of training pictures, before ``ln_vision``.
+        model: stage 2, from a stage 1 that started on a grid.
+        features: [n, tokens, width] of training pictures, before ``ln_vision``; square grids of tokens.
         captions: n texts, one a picture.
         tokenizer: the language model's.
     """
     words = model.language_model.get_input_embeddings().weight.float()
-    device = model.query_tokens.device
-    hidden = []
-    for part in features.split(SOME):
-        seen = model.ln_vision(part.to(device, model.ln_vision.weight.dtype))
-        queries = model.query_tokens.expand(len(seen), -1, -1)
-        hidden.append(model.qformer(queries, encoder_hidden_states=seen).last_hidden_state.float())
-    states = torch.cat(hidden)
-    ridge = _fit(states.mean(1), _mean_words(words, captions, tokenizer, add_special_tokens=False))
-    norm = words.norm(dim=1).mean().item()
-    _become(model.language_projection, ridge, _scale(ridge, states[:SOME], norm))
+    queries, side = model.query_tokens, math.isqrt(model.query_tokens.shape[1])
+    states, cells, means = [], [], []
+    for part in features[:ENOUGH].split(SOME):
+        seen = model.ln_vision(part.to(queries.device, model.ln_vision.weight.dtype))
+        hidden = model.qformer(queries.expand(len(seen), -1, -1), encoder_hidden_states=seen)
+        states.append(hidden.last_hidden_state.float())
+        grid = seen.float().transpose(1, 2).unflatten(2, (math.isqrt(seen.shape[1]), -1))
+        cells.append(F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2))
+        means.append(seen.float().mean(1))
+    told = _mean_words(words, tokenizer(list(captions[:ENOUGH]), add_special_tokens=False))
+    ridge = _fit(torch.cat(means), told)
+    what = (torch.cat(cells).double() - ridge.x_mean) @ ridge.weight
+    where = _places(words, tokenizer, side)
+    read = what / _norm(what) + WHERE_TO_WHAT * where / _norm(where)
+    x = torch.cat(states)
+    ridge = _fit(x.flatten(0, 1), read.flatten(0, 1))
+    _become(model.language_projection, ridge, _scale(ridge, x[:SOME], words.norm(dim=1).mean().item()))
 
 
 # ------------------------------------------------------------------------------------------------ in common
@@ -126,10 +141,23 @@ def _cross_attentions(model: Blip2ForPreTraining) -> Iterator[nn.Module]:
             yield layer.crossattention
 
 
-def _mean_words(words: Tensor, captions: Sequence[str], tokenizer: Any, **options: Any) -> Tensor:
-    """Mean embedding of each caption's tokens, [n, width]. What all captions share is a constant."""
-    told = tokenizer(list(captions), **options)["input_ids"]
-    return torch.stack([words[row].mean(0) for row in told])
+def _mean_words(words: Tensor, texts: Any) -> Tensor:
+    """Mean embedding of the tokens of each tokenised text, [n, width]. What all texts share is a constant."""
+    return torch.stack([words[row].mean(0) for row in texts["input_ids"]])
+
+
+def _places(words: Tensor, tokenizer: Any, side: int) -> Tensor:
+    """Where each cell of a square grid lies, in words: [side * side, width], row by row, centred."""
+    ends = tokenizer([" left", " right", " top", " bottom"], add_special_tokens=False)
+    left, right, top, bottom = _mean_words(words, ends)
+    along = torch.linspace(-0.5, 0.5, side, device=words.device)[:, None]
+    columns, rows = along * (right - left), along * (bottom - top)
+    return (rows[:, None] + columns[None]).flatten(0, 1)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """Root mean square of the norms of rows [..., width]: []."""
+    return rows.square().sum(-1).mean().sqrt()
 
 
 def _fit(x: Tensor, y: Tensor) -> Ridge:
@@ -137,9 +165,8 @@ def _fit(x: Tensor, y: Tensor) -> Ridge:
 
 
 def _scale(ridge: Ridge, x: Tensor, norm: float) -> float:
-    """What brings the centred predictions for x [..., inputs] to a norm (root mean square over the rows)."""
-    predicted = (x.double() - ridge.x_mean) @ ridge.weight
-    return norm / predicted.square().sum(-1).mean().sqrt().item()
+    """What brings the centred predictions for x [..., inputs] to a norm."""
+    return norm / _norm((x.double() - ridge.x_mean) @ ridge.weight).item()
 
 
 def _become(linear: nn.Module, ridge: Ridge, scale: float) -> None:

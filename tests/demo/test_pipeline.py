@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def tiny(monkeypatch):
         num_query_tokens=4,
         contrast_steps=2,
         stage1_steps=4,
+        stage1_warmup_steps=1,
         stage2_steps=2,
         prompt_only_steps=1,
         stage1_batch_size=8,
@@ -210,3 +212,52 @@ def test_minilm_is_where_the_queries_and_texts_read_it():
         ours = model.text_hidden(batch["input_ids"], batch["attention_mask"])
     real = batch["attention_mask"].bool()
     assert (ours[real] - expected[real]).abs().max() < 2e-5
+
+
+def test_the_stage1_model_of_a_run_is_read_back(tmp_path):
+    splits = make_splits(0, pairs=6, singles=4, held_out=4)
+    model, tokenizer = assets.load_stage1(4, seed=3), assets.load_text_tokenizer()
+    features = torch.randn(len(splits.train), 9, 1280)
+    plan = dataclasses.replace(
+        recipe.QUICK, contrast_steps=1, stage1_steps=3, stage1_warmup_steps=1, stage1_batch_size=4
+    )
+    recipe.train_stage1(
+        model, features, splits.train, splits.twins, tokenizer, plan, output_dir=tmp_path, progress=False
+    )
+    again = pipeline.load_stage1_checkpoint(latest_checkpoint(tmp_path))
+    assert not again.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+class Contrast(torch.nn.Module):
+    """Finds a given share of a batch's texts; remembers what it was asked for."""
+
+    def __init__(self, shares):
+        super().__init__()
+        self.shares, self.asked = shares, []
+
+    def forward(self, losses):
+        share = self.shares[min(len(self.asked), len(self.shares) - 1)]
+        self.asked.append(losses)
+        scores = torch.eye(20)
+        scores[round(20 * share) :] = scores[round(20 * share) :].roll(1, dims=1)
+        return SimpleNamespace(sim_i2t=scores)
+
+
+@pytest.mark.parametrize(
+    ("shares", "longest", "alone"),
+    [([1.0], 300, 16), ([0.6], 50, 50), ([0.5] * 40 + [1.0], 300, 40 + 9), ([1.0] * 16 + [0.0], 300, 16)],
+    ids=["at once", "never", "late", "once is enough"],
+)
+def test_the_contrast_is_alone_until_it_tells_twins_apart(shares, longest, alone):
+    """A running mean over ten steps passes 0.8 after 16 right ones, or 9 where it stood at a half."""
+    model, steps = Contrast(shares), recipe.ContrastFirst(longest)
+    for step in range(120):
+        steps(model, {}, step)
+    assert model.asked[:alone] == [("itc",)] * alone
+    assert set(model.asked[alone:]) == {("itc", "itm"), ("itc", "itg")}
+    assert all(
+        asked == ("itc", "itm" if step % 2 else "itg")
+        for step, asked in enumerate(model.asked[alone:], alone)
+    )

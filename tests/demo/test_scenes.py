@@ -44,7 +44,7 @@ def test_held_out_pairs_never_meet_in_training(splits):
     assert not train & validation
     assert not validation & test
     assert len(test) == len(splits.test) == len(validation) == 160
-    assert len(splits.train) == 3000
+    assert len(splits.train) == 2 * 1250 + 500
 
 
 def test_pictures_are_never_repeated(splits):
@@ -96,6 +96,12 @@ def test_a_composed_pair_lies_as_asked(relation):
         assert ahead[relation] > 0.3
         assert scene.caption() == f"a banana {relation} a car"
         assert scene.swapped().caption() == f"a car {OPPOSITE[relation]} a banana"
+        read = scene.in_reading_order()
+        assert (read.relation, set(read.things)) == (
+            "left of" if relation in ("left of", "right of") else "above",
+            set(scene.things),
+        )
+        assert read.in_reading_order() == scene.swapped().in_reading_order() == read
         for thing in scene.things:
             assert 0 < thing.x < 1 and 0 < thing.y < 1
 
