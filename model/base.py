@@ -6,7 +6,6 @@ Image alone (ITC, captions), text alone (ITC), image and text together (ITM): pa
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from blip2_kernels.encoder import ImageKeyValues
 from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 
+from .config import Blip2PreTrainingConfig
 from .qformer import QFormerModel, TextEmbeddings, copy_text_feed_forward_to_query, init_bert_weights
 from .qformer_text import FLOATING, TOKEN_IDS
-
-if TYPE_CHECKING:
-    from .config import Blip2PreTrainingConfig
 
 
 @contextmanager
@@ -72,17 +69,20 @@ class Blip2Base(nn.Module):
         use_fused: run through the fused encoder; may be changed at any time.
 
     Raises:
-        TypeError: `vision_model` is no module.
+        TypeError: a configuration of another kind, or a `vision_model` that is no module.
         ValueError: the Q-Former's configuration has no text input.
     """
 
     def __init__(
         self,
-        config: "Blip2PreTrainingConfig",
+        config: Blip2PreTrainingConfig,
+        *,
         vision_model: nn.Module | None = None,
         use_fused: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(config, Blip2PreTrainingConfig):
+            raise TypeError(f"config: expected a Blip2PreTrainingConfig, got {describe(config)}")
         qformer = config.qformer
         if not getattr(qformer, "use_qformer_text_input", False):
             raise ValueError("config: expected a qformer with use_qformer_text_input=True, got False")

@@ -124,9 +124,7 @@ class Blip2ForPreTraining(Blip2Base):
         vision_model: nn.Module | None = None,
         use_fused: bool = False,
     ) -> None:
-        if not isinstance(config, Blip2PreTrainingConfig):
-            raise TypeError(f"config: expected a Blip2PreTrainingConfig, got {describe(config)}")
-        super().__init__(config, vision_model, use_fused)
+        super().__init__(config, vision_model=vision_model, use_fused=use_fused)
         self.cls = nn.ModuleDict({"predictions": LMHead(config.qformer)})
         init_bert_weights(self.cls, config.qformer.initializer_range)
         self.temp = nn.Parameter(torch.tensor(float(config.temperature)))

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base, evaluation_mode
-from .config import Blip2PreTrainingConfig
 
 Progress = Callable[[int, int], None]
 NOT_SCORED = -100.0
@@ -54,17 +53,6 @@ class Blip2ForImageTextRetrieval(Blip2Base):
     Raises:
         TypeError: a configuration or image encoder of another kind.
     """
-
-    def __init__(
-        self,
-        config: Blip2PreTrainingConfig,
-        *,
-        vision_model: nn.Module | None = None,
-        use_fused: bool = False,
-    ) -> None:
-        if not isinstance(config, Blip2PreTrainingConfig):
-            raise TypeError(f"config: expected a Blip2PreTrainingConfig, got {describe(config)}")
-        super().__init__(config, vision_model, use_fused)
 
     @classmethod
     def from_pretraining(cls, model: Blip2Base) -> "Blip2ForImageTextRetrieval":

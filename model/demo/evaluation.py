@@ -86,6 +86,18 @@ def contrastive_scores(model: Any, features: Tensor, texts: Texts, batch_size: i
     return torch.cat(rows)
 
 
+@torch.no_grad()
+def query_spread(model: Any, features: Tensor, batch_size: int = 64) -> float:
+    """How different the queries are that read one picture: of the variance of their final hidden states over
+    pictures, the share that lies between queries of the same picture. 0 if all of them say the same.
+    """
+    rows = [model.encode_image(image_features=part).float() for part in features.split(batch_size)]
+    hidden = torch.cat(rows)
+    hidden = hidden - hidden.mean(0)
+    within = hidden - hidden.mean(1, keepdim=True)
+    return (within.square().sum() / hidden.square().sum()).item()
+
+
 def matching_accuracy(positive: Tensor, negative: Tensor) -> float:
     """Balanced share of right verdicts: matches scored above 0, others at or below."""
     right = torch.cat([positive > 0, negative <= 0])
@@ -116,7 +128,10 @@ def stage1_metrics(
     captions = [scene.caption() for scene in scenes]
     texts = Texts.of(captions, tokenizer, device)
     itc = contrastive_scores(model, features, texts)
-    result: dict[str, Any] = {"retrieval": {"itc": retrieval(itc), "chance": chance_retrieval(n)}}
+    result: dict[str, Any] = {
+        "retrieval": {"itc": retrieval(itc), "chance": chance_retrieval(n)},
+        "query_spread": query_spread(model, features),
+    }
 
     pairs = torch.zeros_like(itc, dtype=torch.bool)
     pairs.scatter_(1, itc.topk(min(rerank, n), 1).indices, True)

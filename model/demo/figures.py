@@ -97,7 +97,7 @@ def draw_curves(
     if full is not None and full > 1:
         left.axvline(full, color=PALE, linewidth=1, linestyle=":")
         left.annotate(
-            "ITM learns from here",
+            "ITM and ITG join",
             (full, 0.97),
             xycoords=("data", "axes fraction"),
             xytext=(5, 0),
@@ -110,6 +110,8 @@ def draw_curves(
     line(right, stage2, "loss", "with the picture", COLOURS["loss"])
     line(right, prompt_only, "loss", "without (baseline)", PALE)
     right.set(title="Stage 2: captions through SmolLM2", xlabel="step")
+    values = [row[part] for row in stage1 for part in NAMES if part in row and part != "loss"]
+    left.set_ylim(top=1.2 * np.quantile(values, 0.98))  # a loss that joins late starts high above the others
     for axes in (left, right):
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#e4e8eb", linewidth=0.7)
@@ -209,7 +211,7 @@ def attention_maps(model: Any, features: Tensor, layer: int | None = None) -> Te
     return scores.softmax(-1).mean(1)
 
 
-def draw_attention(maps: Tensor, scenes: Sequence[Scene], path: Path, queries: int = 8) -> Path:
+def draw_attention(maps: Tensor, scenes: Sequence[Scene], path: Path, queries: int = 9) -> Path:
     """Each picture, then where its most telling queries look.
 
     Args:

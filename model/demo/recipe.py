@@ -29,7 +29,7 @@ class Recipe:
     Attributes:
         pairs, relations_a_pair, singles: size of the training set, see `scenes.make_splits`.
         held_out: scenes in each of validation and test.
-        num_query_tokens: Q.
+        num_query_tokens: Q, a square number.
         contrast_steps: stage 1 begins on ITC alone, for so many steps at most: see `ContrastFirst`.
         stage1_steps: steps of stage 1, the first ones included.
         stage1_warmup_steps: of the learning rate. A short warm-up teaches the things at once, and then often
@@ -47,10 +47,10 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 760
+    stage1_steps: int = 680
     stage1_warmup_steps: int = 100
     stage2_steps: int = 220
-    prompt_only_steps: int = 80
+    prompt_only_steps: int = 50
     stage1_batch_size: int = 32
     stage2_batch_size: int = 32
     stage1_learning_rate: float = 2e-4
@@ -184,6 +184,7 @@ def train_stage2(
         learning_rate=recipe.stage2_learning_rate,
         learning_rate_multipliers={"qformer.": rate, "query_tokens": rate, "ln_vision": rate},
         warmup_steps=min(20, steps // 2),
+        schedule=hold_then_fall,
         output_dir=output_dir,
         bf16=has_fast_bf16(),
         seed=seed + 2,

@@ -49,6 +49,21 @@ def test_matching_accuracy_is_balanced():
     assert evaluation.matching_accuracy(torch.ones(5), torch.ones(5)) == 0.5
 
 
+@pytest.mark.parametrize(("common", "own", "spread"), [(1.0, 0.0, 0.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.5)])
+def test_query_spread_is_the_share_within_pictures(common, own, spread):
+    """What differs from picture to picture alike in all queries, and what each query has for itself."""
+    shared, single = torch.randn(600, 1, 8), torch.randn(600, 4, 8)
+    single -= single.mean(1, keepdim=True)
+    single *= (4 / 3) ** 0.5  # the mean over the queries took a quarter of the variance
+    hidden = 5.0 + common * shared + own * single
+
+    class Model:
+        def encode_image(self, image_features):
+            return hidden[image_features]
+
+    assert evaluation.query_spread(Model(), torch.arange(600)) == pytest.approx(spread, abs=0.03)
+
+
 def test_hardest_other_is_never_the_own_text():
     scores = torch.tensor([[9.0, 1.0, 2.0], [0.0, 5.0, -1.0], [3.0, 4.0, 3.0]])
     assert evaluation.hardest_other(scores).tolist() == [2, 0, 1]

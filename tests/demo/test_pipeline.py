@@ -112,6 +112,7 @@ def test_the_whole_demo_in_small(tiny, tmp_path):
     for table in held_out["retrieval"].values():
         for direction in ("image_to_text", "text_to_image"):
             assert 0 <= table[direction]["R@1"] <= table[direction]["R@5"] <= table[direction]["R@10"] <= 1
+    assert 0 < held_out["query_spread"] <= 1
     assert set(held_out["relation_of_four"]) == {"itm", "itc", "ridge", "chance"}
     assert {"against_relation_swapped", "against_hardest_caption_of_another_scene"} <= set(
         held_out["itm_accuracy"]
