@@ -211,7 +211,7 @@ def attention_maps(model: Any, features: Tensor, layer: int | None = None) -> Te
     return scores.softmax(-1).mean(1)
 
 
-def draw_attention(maps: Tensor, scenes: Sequence[Scene], path: Path, queries: int = 9) -> Path:
+def draw_attention(maps: Tensor, scenes: Sequence[Scene], path: Path, queries: int = 16) -> Path:
     """Each picture, then where its most telling queries look.
 
     Args:
