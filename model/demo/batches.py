@@ -14,33 +14,27 @@ from torch.utils.data import Dataset
 
 from .scenes import Scene
 
-Sample = tuple[Tensor, Scene, int]
+Sample = tuple[Tensor, Scene]
 
 
 class SceneDataset(Dataset):
-    """Features [tokens, width], the scene of each picture and its group of twins.
+    """Features [tokens, width] and the scene of each picture.
 
     Args:
         features: [n, tokens, width], as cached.
         scenes: n scenes.
-        groups: n group numbers, as `Splits.twins`; default each scene a group of its own.
     """
 
-    def __init__(
-        self, features: Tensor, scenes: Sequence[Scene], groups: Sequence[int] | None = None
-    ) -> None:
-        groups = range(len(scenes)) if groups is None else groups
-        if not len(features) == len(scenes) == len(groups):
-            raise ValueError(
-                f"features, groups: expected {len(scenes)} each, got {len(features)} and {len(groups)}"
-            )
-        self.features, self.scenes, self.groups = features, scenes, groups
+    def __init__(self, features: Tensor, scenes: Sequence[Scene]) -> None:
+        if len(features) != len(scenes):
+            raise ValueError(f"features: expected {len(scenes)}, one a scene, got {len(features)}")
+        self.features, self.scenes = features, scenes
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.features[index], self.scenes[index], self.groups[index]
+        return self.features[index], self.scenes[index]
 
 
 class TwinBatches:
@@ -94,11 +88,11 @@ class Stage1Collate:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        texts = self.tokenizer([tell(scene) for _, scene, _ in samples], padding=True, return_tensors="pt")
+        texts = self.tokenizer([tell(scene) for _, scene in samples], padding=True, return_tensors="pt")
         return {
             "input_ids": texts["input_ids"],
             "attention_mask": texts["attention_mask"],
-            "image_features": torch.stack([features for features, _, _ in samples]).float(),
+            "image_features": torch.stack([features for features, _ in samples]).float(),
         }
 
 
@@ -136,7 +130,7 @@ class Stage2Collate:
         }
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
-        features = torch.stack([features for features, _, _ in samples]).float()
+        features = torch.stack([features for features, _ in samples]).float()
         if self.features is not None:
             features = self.features.float().expand(len(samples), -1, -1)
-        return {**self.texts([scene for _, scene, _ in samples]), "image_features": features}
+        return {**self.texts([scene for _, scene in samples]), "image_features": features}

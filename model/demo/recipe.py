@@ -138,7 +138,7 @@ def train_stage1(
         features: [n, tokens, width] of the training scenes, before ``ln_vision``.
         scenes, twins: of `Splits`.
     """
-    dataset, collate = SceneDataset(features, scenes, twins), Stage1Collate(tokenizer)
+    dataset, collate = SceneDataset(features, scenes), Stage1Collate(tokenizer)
     model.get_parameter(WORDS).requires_grad_(False)
     return train(
         model,
