@@ -184,6 +184,8 @@ class TokenLayout:
         row_keys: int32 [rows], the logical name of each row (see `row_keys`).
         padded: every sample has `width` rows in a segment, padding behind its real tokens: static shapes. A
             padding row attends as a real row in its place would; no row attends to it.
+        consecutive: the ordinals of each sample's rows in a segment are 0, 1, 2 …, as always but for a
+            selection of last rows.
     """
 
     num_queries: int
@@ -191,6 +193,7 @@ class TokenLayout:
     texts: tuple[TextSegment, ...]
     row_keys: Tensor
     padded: bool = False
+    consecutive: bool = True
 
     @classmethod
     def from_attention_masks(
@@ -344,7 +347,9 @@ class TokenLayout:
             segments.append(segment)
         index = torch.cat(kept)
         num_queries = self.num_queries if queries else 0
-        layout = TokenLayout(num_queries, self.samples, tuple(segments), self.row_keys[index], self.padded)
+        consecutive = self.consecutive and "last" not in texts
+        names = self.row_keys[index]
+        layout = TokenLayout(num_queries, self.samples, tuple(segments), names, self.padded, consecutive)
         return layout, index
 
     def dense(self) -> DenseRows:

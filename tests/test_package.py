@@ -74,6 +74,12 @@ def test_the_list_of_modules_is_the_one_on_disk():
     assert {"blip2_kernels.model", "blip2_kernels.model.qformer"} <= SOURCES.keys()
 
 
+def is_kernel(module: str) -> bool:
+    """Whether a module holds Triton kernels: it is imported when one is launched, never before."""
+    *_, folder, name = module.split(".")
+    return name == "triton_primitives" or (folder == "triton" and name != "op")
+
+
 def needs_extras(module: str) -> bool:
     return any(inside(module, package) for package in NEEDS_EXTRAS)
 
@@ -81,7 +87,7 @@ def needs_extras(module: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_modules_import_without_triton_without_a_gpu_and_without_the_extras():
-    modules = [name for name in SOURCES if not needs_extras(name)]
+    modules = [name for name in SOURCES if not needs_extras(name) and not is_kernel(name)]
     assert fresh_import_errors({"triton", *EXTRAS}, modules) == {}
 
 

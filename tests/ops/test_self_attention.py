@@ -310,7 +310,7 @@ BAD = [
     (
         {"backend": "cuda"},
         ValueError,
-        "backend: expected one of 'auto', 'torch', 'reference', got str 'cuda'",
+        "backend: expected one of 'auto', 'triton', 'torch', 'reference', got str 'cuda'",
     ),
     ({"backend": None}, ValueError, "backend: expected one of"),
 ]

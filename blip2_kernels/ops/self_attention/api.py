@@ -11,6 +11,7 @@ from ..backends import choose_backend
 from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
 from . import sdpa
 from .reference import self_attention_reference
+from .triton import op as triton_op
 
 
 def self_attention(
@@ -41,8 +42,8 @@ def self_attention(
         dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
         layer: number of the layer, part of the dropout counter.
         scale: factor of the scores; default head_dim ** -0.5.
-        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend
-            that cannot serve raises.
+        backend: "auto" (the first of `triton`, `torch`, `reference` that can serve), or one of them; a named
+            backend that cannot serve raises.
 
     Returns:
         [q_layout.rows, heads, head_dim] in q's dtype. A row that may attend to nothing gives 0 with zero
@@ -56,11 +57,18 @@ def self_attention(
     _check_layouts(q, k, q_layout, kv_layout, mask)
     check_dropout(dropout, dropout_key, layer)
     scale = check_scale(scale, q.shape[-1])
-    chosen = choose_backend(backend, {"torch": partial(sdpa.supports, dropout), "reference": lambda: None})
+    candidates = {
+        "triton": partial(triton_op.supports, q, k, v, kv_layout, dropout),
+        "torch": partial(sdpa.supports, dropout),
+        "reference": lambda: None,
+    }
+    chosen = choose_backend(backend, candidates)
+    options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
     with no_autocast(q.device):
+        if chosen == "triton":
+            return triton_op.self_attention_triton(q, k, v, q_layout, kv_layout, mask, **options)
         if chosen == "torch":
             return sdpa.self_attention_sdpa(q, k, v, q_layout, kv_layout, mask, scale=scale)
-        options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
         return self_attention_reference(q, k, v, q_layout, kv_layout, mask, **options)
 
 

@@ -1,0 +1,203 @@
+"""How a Triton kernel is launched: on which devices, in which configuration, at what cost in Python.
+
+A kernel here takes its pointers and numbers by position, then its constexprs by name:
+
+    kernel(q_ptr, …, row_stride, …, NUM: tl.constexpr, …, BLOCK_M: tl.constexpr, …)
+
+The blocks, warps and stages come from a `Config` of the op's `launch.py`; nothing is tuned at run time. This
+module imports Triton only when a kernel is launched: everything else works without it.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels compute on."""
+
+MINIMUM_CAPABILITY = (8, 0)
+"""bf16 tensor cores and asynchronous copies begin here."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch a kernel.
+
+    Attributes:
+        blocks: its block sizes by constexpr name.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline of its loops.
+    """
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int = 2
+
+    @classmethod
+    def of(cls, num_warps: int, num_stages: int = 2, **blocks: int) -> "Config":
+        return cls(tuple(sorted(blocks.items())), num_warps, num_stages)
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={size}" for name, size in self.blocks)
+        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+@cache
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1), as tests do."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _device_reason(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if interpreting() else "Triton needs a CUDA device, the tensors are on the CPU"
+    if device.type != "cuda":
+        return f"Triton needs a CUDA device, the tensors are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
+        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+def supports(tensors: Mapping[str, Tensor], max_head_dim: int | None = None) -> str | None:
+    """None where the kernels can take these tensors, else the reason.
+
+    Args:
+        tensors: by argument name, all on one device and of one dtype.
+        max_head_dim: largest last dimension.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            return (
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the kernels take fp16, bf16 and fp32"
+            )
+        if max_head_dim is not None and tensor.shape[-1] > max_head_dim:
+            return f"{name} has head dim {tensor.shape[-1]}, the kernels take at most {max_head_dim}"
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"the last dimension of {name} is not contiguous (its stride is {tensor.stride(-1)})"
+    return _device_reason(next(iter(tensors.values())).device)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number (80, 90, …); 0 for the interpreter and for other vendors."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies fp32: exactly, unless torch allows tf32 for matrix products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the last; of a dimension of size 1 the one it would have if contiguous.
+
+    PyTorch may report any stride for such a dimension, and a kernel must not be compiled anew for it.
+    """
+    found, contiguous = [], 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        found.append(contiguous if size == 1 else stride)
+        contiguous *= max(size, 1)
+    return tuple(found[:0:-1])
+
+
+# ------------------------------------------------------------------------------------------------- launching
+
+
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_too_large: set[tuple] = set()
+
+
+def first_that_fits(name: str, configs: Sequence[Config], run: Callable[[Config], T]) -> T:
+    """Run with the first configuration that fits the device's shared memory and registers.
+
+    Args:
+        name: of the op, for the message.
+        configs: from the preferred one to the smallest.
+        run: allocates its outputs and launches; nothing of a failed attempt is kept.
+
+    Raises:
+        RuntimeError: none fits; the message names them all.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    errors = []
+    for config in configs:
+        if (name, config) in _too_large:
+            continue
+        try:
+            return run(config)
+        except OutOfResources as error:
+            _too_large.add((name, config))
+            errors.append(f"({config}): {error}")
+    tried = "; ".join(errors) or "all were found too large before"
+    raise RuntimeError(f"{name}: expected a launch configuration that fits this device, tried {tried}")
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple, constants: Mapping[str, Any], config: Config
+) -> None:
+    """Launch a kernel on the current stream of its tensors' device.
+
+    The compiled form is looked up by what it depends on (dtypes, 16-byte alignment, the constants), which
+    costs a few microseconds; Triton's own launch repeats its whole analysis.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        grid: programs along one to three axes; nothing happens if one of them is 0.
+        args: tensors, numbers and None, the kernel's first parameters in order.
+        constants: its constexprs, by name.
+        config: its blocks, warps and stages.
+    """
+    grid = (*grid, *(1,) * (3 - len(grid)))
+    if 0 in grid:
+        return
+    named = dict(constants) | dict(config.blocks)
+    options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        # Triton 3.10 changes the default; the results must not change with it.
+        "enable_fp_fusion": True,
+    }
+    if interpreting():
+        kernel[grid](*args, **named, **options)
+        return
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, constants, config)
+    key = (kernel, device, config, *named.values(), *map(_specialisation, args))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **named, **options)
+        _compiled[key] = compiled, tuple(named[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, constant_values = found
+    compiled[grid](*args, *constant_values)
+
+
+def _specialisation(arg: object) -> object:
+    """What Triton compiles for: dtype and alignment of a pointer, width and divisibility of an int."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
+    return type(arg)

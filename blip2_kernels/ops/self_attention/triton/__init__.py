@@ -1,0 +1,1 @@
+"""Triton kernels of masked self-attention, and the operators they are registered as."""

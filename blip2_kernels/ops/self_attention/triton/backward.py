@@ -1,0 +1,283 @@
+"""Backward kernels of masked self-attention: one tile a sample and head, or blocks of longer samples.
+
+With P the probabilities, M the dropout mask with its scale, and G the gradient of out = (P * M) V:
+
+    dV = (P * M)^T G
+    dP = (G V^T) * M
+    dS = P * (dP - rowsum(P * dP)) * scale        rowsum(P * dP) = rowsum(G * out)
+    dQ = dS K,  dK = dS^T Q
+
+Every element of dQ, dK and dV belongs to one program, which sums it in a fixed order: no atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import allowed_at, extent, keep_at, load_tile, real_at, rows_at, store_tile
+
+
+@triton.jit
+def _tile(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+    sample, head, heads, q_queries, kv_queries, q_start, kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One part of one sample and head in one tile; see `backward_tile_kernel`."""
+    m = tl.arange(0, BLOCK_M)
+    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+    m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
+    n = tl.arange(0, BLOCK_N)
+    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+    n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
+    n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
+    allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
+
+    q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
+    k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
+    scores = tl.where(allowed, scores, float("-inf"))
+    peak = tl.max(scores, 1)
+    probs = tl.exp2(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+    total = tl.sum(probs, 1)
+    probs = probs / tl.where(total > 0, total, 1.0)[:, None]
+
+    v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
+    grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)  # [M, D]
+    d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
+    dropped = probs
+    if DROPOUT:
+        keep = keep_at(
+            0, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
+            level, place, TEXT, BLOCK_N,
+        )  # fmt: skip
+        dropped = tl.where(keep, probs * keep_scale, 0.0)
+        d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
+    dv = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, input_precision=PRECISION)  # [N, D]
+    store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+    delta = tl.sum(probs * d_probs, 1)
+    d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)  # [M, N]
+    dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION)  # [N, D]
+    store_tile(dk_ptr, dk, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    dq = tl.dot(d_scores, k, input_precision=PRECISION)  # [M, D]
+    store_tile(dq_ptr, dq, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_queries", "kv_queries", "q_start", "kv_start", "text_q_start", "text_kv_start", "level", "place",
+    ]
+)  # fmt: skip
+def backward_tile_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
+    text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+    heads, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TEXT_M: tl.constexpr, TEXT_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Masked self-attention, backward, for samples whose part fits one tile.
+
+    Grid: (samples * heads, parts: the joint one, then the unimodal text). A program owns dq, dk and dv of one
+    part of one sample and head, and reads the part's q, k, v and grad once. The softmax is computed again
+    from q and k: neither out nor a log-sum-exp is read.
+    """
+    sample = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    if JOINT:
+        if tl.program_id(1) == 0:
+            _tile(
+                q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+                q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+                sample, head, heads, q_queries, kv_queries, q_start, kv_start,
+                q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+                scale, scale_log2, keep_scale, level, place,
+                TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    if UNIMODAL:
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            _tile(
+                q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+                text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+                sample, head, heads, 0, 0, text_q_start, text_kv_start,
+                q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+                scale, scale_log2, keep_scale, level, place,
+                True, False, DROPOUT, PRECISION, HEAD_DIM, TEXT_M, TEXT_N, BLOCK_D,
+            )  # fmt: skip
+
+
+@triton.jit
+def _d_rows(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+    sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of attending rows, over all attended ones."""
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+    m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
+    q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
+    grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)  # [M, D]
+    out = load_tile(out_ptr, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, extent(sample, kv_queries, kv_offsets_ptr, TEXT), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+        n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
+        n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
+        allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
+        k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
+        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
+        d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
+        if DROPOUT:
+            keep = keep_at(
+                start, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
+                dropout_key_ptr, level, place, TEXT, BLOCK_N,
+            )  # fmt: skip
+            d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
+        d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)
+        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+    store_tile(dq_ptr, dq, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _d_keys(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+    sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of attended rows, over all attending ones."""
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+    n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
+    n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
+    k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
+    v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, extent(sample, q_queries, q_offsets_ptr, TEXT), BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+        m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
+        q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
+        grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)
+        out = load_tile(out_ptr, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
+        allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
+        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
+        d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
+        dropped = probs
+        if DROPOUT:
+            keep = keep_at(
+                block * BLOCK_N, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
+                dropout_key_ptr, level, place, TEXT, BLOCK_N,
+            )  # fmt: skip
+            dropped = tl.where(keep, probs * keep_scale, 0.0)
+            d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
+        dv = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, dv, input_precision=PRECISION)
+        d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)
+        dk = tl.dot(tl.trans(d_scores), q, dk, input_precision=PRECISION)
+    store_tile(dk_ptr, dk, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _blocks(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+    sample, head, heads, block, q_blocks, q_queries, kv_queries, q_start, kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One part: its first q_blocks programs own blocks of dq, the others blocks of dk and dv."""
+    if block < q_blocks:
+        _d_rows(
+            q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+            q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+            sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
+            q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+            scale, scale_log2, keep_scale, level, place,
+            TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _d_keys(
+            q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+            q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+            sample, head, heads, block - q_blocks, q_queries, kv_queries, q_start, kv_start,
+            q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+            scale, scale_log2, keep_scale, level, place,
+            TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "joint_q_blocks", "joint_blocks", "text_q_blocks",
+        "q_queries", "kv_queries", "q_start", "kv_start", "text_q_start", "text_kv_start", "level", "place",
+    ]
+)  # fmt: skip
+def backward_blocks_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
+    text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+    heads, joint_q_blocks, joint_blocks, text_q_blocks,
+    q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Masked self-attention, backward, for samples of any length.
+
+    Grid: (samples * heads, blocks), the blocks being those of the joint part's dq, its dk and dv, the
+    unimodal text's dq, its dk and dv. A program owns one of them and loops over the other side of its part, with the
+    forward's log2-sum-exp2 and rowsum(grad * out).
+    """
+    sample = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    block = tl.program_id(1)
+    if JOINT:
+        if block < joint_blocks:
+            _blocks(
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+                q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+                sample, head, heads, block, joint_q_blocks, q_queries, kv_queries, q_start, kv_start,
+                q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+                scale, scale_log2, keep_scale, level, place,
+                TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    if UNIMODAL:
+        if block >= joint_blocks:
+            _blocks(
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+                q_keys_ptr, kv_keys_ptr, text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+                sample, head, heads, block - joint_blocks, text_q_blocks, 0, 0, text_q_start, text_kv_start,
+                q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+                scale, scale_log2, keep_scale, level, place,
+                True, False, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip

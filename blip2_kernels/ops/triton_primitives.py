@@ -1,0 +1,52 @@
+"""What the Triton kernels share: dropout by Philox, dtypes of a product."""
+
+import triton
+import triton.language as tl
+from triton.language.random import philox_impl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""exp(x) = exp2(LOG2_E * x): folded into the scale of the scores."""
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def keep_bits(key_ptr, rows, groups, head, place, level):
+    """Which of eight neighbouring elements survive, as the bits of a byte: the contract of `ops.philox`.
+
+    Args:
+        key_ptr: int64 Philox key.
+        rows: int32 [M, 1], row keys of the attending rows.
+        groups: int32 [1, G], name >> 3 of the attended rows or image tokens.
+        head: int32 number of the head.
+        place: layer * 8 + site.
+        level: 16-bit threshold below which an element is dropped.
+
+    Returns:
+        int32 [M, G]; bit l says that lane l is kept.
+    """
+    key = tl.load(key_ptr)
+    low, high = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0, c1 = tl.broadcast(rows.to(tl.uint32), groups.to(tl.uint32))
+    zero = c0 ^ c0
+    w0, w1, w2, w3 = philox_impl(c0, c1, zero + head.to(tl.uint32), zero + place.to(tl.uint32), low, high, 10)
+    limit = level.to(tl.uint32)
+    return (_two_bits(w0, limit) | (_two_bits(w1, limit) << 2) | (_two_bits(w2, limit) << 4)) | (
+        _two_bits(w3, limit) << 6
+    )
+
+
+@triton.jit
+def _two_bits(word, limit):
+    low = ((word & 0xFFFF) >= limit).to(tl.int32)
+    return low | (((word >> 16) >= limit).to(tl.int32) << 1)
+
+
+@triton.jit
+def keep_tile(bits, COLUMNS: tl.constexpr):
+    """Spread bytes [M, COLUMNS // 8] of `keep_bits` to booleans [M, COLUMNS], eight neighbours a byte."""
+    ROWS: tl.constexpr = bits.shape[0]
+    GROUPS: tl.constexpr = COLUMNS // 8
+    spread = tl.broadcast_to(bits[:, :, None], (ROWS, GROUPS, 8)).reshape(ROWS, COLUMNS)
+    lane = tl.arange(0, COLUMNS) & 7
+    return ((spread >> lane[None, :]) & 1) != 0
