@@ -76,7 +76,7 @@ def test_the_list_of_modules_is_the_one_on_disk():
 
 def is_kernel(module: str) -> bool:
     """Whether a module holds Triton kernels: it is imported when one is launched, never before."""
-    *_, folder, name = module.split(".")
+    *_, folder, name = "", *module.split(".")
     return name == "triton_primitives" or (folder == "triton" and name != "op")
 
 

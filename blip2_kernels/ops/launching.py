@@ -102,6 +102,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32: exactly, unless torch allows tf32 for matrix products."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -11,6 +11,7 @@ from ..backends import choose_backend
 from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
 from . import sdpa
 from .reference import cross_attention_reference
+from .triton import op as triton_op
 
 
 def cross_attention(
@@ -45,8 +46,8 @@ def cross_attention(
         dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
         layer: number of the layer, part of the dropout counter.
         scale: factor of the scores; default head_dim ** -0.5.
-        backend: "auto" (the first of `torch`, `reference` that can serve), or one of them; a named backend
-            that cannot serve raises.
+        backend: "auto" (the first of `triton`, `torch`, `reference` that can serve), or one of them; a named
+            backend that cannot serve raises.
         validate: check the values of device tensors too, at the price of a synchronisation. CPU tensors are
             always checked.
 
@@ -66,15 +67,24 @@ def cross_attention(
         check_tensor("row_keys", row_keys, [samples, queries], [torch.int32], q.device)
     check_dropout(dropout, dropout_key, layer)
     scale = check_scale(scale, q.shape[-1])
-    chosen = choose_backend(backend, {"torch": partial(sdpa.supports, dropout), "reference": lambda: None})
+    candidates = {
+        "triton": partial(triton_op.supports, q, k, v),
+        "torch": partial(sdpa.supports, dropout),
+        "reference": lambda: None,
+    }
+    chosen = choose_backend(backend, candidates)
     if chosen == "torch":
         with no_autocast(q.device):
             return sdpa.cross_attention_sdpa(q, k, v, image_index, visible, scale=scale)
-    if row_keys is None:
+    if row_keys is None and dropout > 0:
         row_keys = padded_row_keys(samples, queries, device=q.device)
+    options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
+    if chosen == "triton":
+        seen = (image_lengths, image_mask)
+        with no_autocast(q.device):
+            return triton_op.cross_attention_triton(q, k, v, image_index, *seen, row_keys, **options)
     if image_index is None:
         image_index = torch.arange(samples, dtype=torch.int32, device=q.device)
-    options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
     with no_autocast(q.device):
         return cross_attention_reference(q, k, v, image_index, visible, row_keys, **options)
 

@@ -255,8 +255,8 @@ def backward_blocks_kernel(
     """Masked self-attention, backward, for samples of any length.
 
     Grid: (samples * heads, blocks), the blocks being those of the joint part's dq, its dk and dv, the
-    unimodal text's dq, its dk and dv. A program owns one of them and loops over the other side of its part, with the
-    forward's log2-sum-exp2 and rowsum(grad * out).
+    unimodal text's dq, its dk and dv. A program owns one of them and loops over the other side of its part,
+    with the forward's log2-sum-exp2 and rowsum(grad * out).
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -275,7 +275,8 @@ def backward_blocks_kernel(
         if block >= joint_blocks:
             _blocks(
                 q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-                q_keys_ptr, kv_keys_ptr, text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+                q_keys_ptr, kv_keys_ptr,
+                text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, text_q_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,

@@ -1,0 +1,42 @@
+"""Errors that a kernel finds in the values of device tensors, raised without a synchronisation of their own.
+
+Whether an index on a GPU is in range cannot be asked without waiting for it. A kernel never reads out of bounds
+because of one: it goes on with the nearest admissible value and sets its device's flag. The flag is looked at
+where the host waits for the device anyway, and by `check_device_errors`.
+"""
+
+import torch
+from torch import Tensor
+
+_flags: dict[torch.device, Tensor] = {}
+
+
+def error_flag(device: torch.device) -> Tensor:
+    """The device's flag, int32 [1]: how many wrong values a kernel met, 0 for none."""
+    if device not in _flags:
+        _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _flags[device]
+
+
+def check_device_errors(device: torch.device | str | None = None) -> None:
+    """Raise if a kernel met a wrong value since the last check; waits for the device.
+
+    Args:
+        device: to look at; default every one on which a kernel ran.
+
+    Raises:
+        IndexError: an `image_index` had values out of range; `validate=True` says which call it was.
+    """
+    for found, flag in _flags.items():
+        if device is None or torch.device(device) == found:
+            raise_if_set(found, int(flag.item()))
+
+
+def raise_if_set(device: torch.device, count: int) -> None:
+    """Raise for a flag's value that the host has read, and clear it; see `check_device_errors`."""
+    if count:
+        _flags[device].zero_()
+        raise IndexError(
+            f"image_index: expected values in [0, images), got {count} others in an earlier call on {device};"
+            " pass validate=True to find it"
+        )

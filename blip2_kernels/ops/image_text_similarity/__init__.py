@@ -1,0 +1,1 @@
+"""Similarity of images and texts: the best query counts."""
