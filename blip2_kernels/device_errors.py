@@ -1,8 +1,8 @@
 """Errors that a kernel finds in the values of device tensors, raised without a synchronisation of their own.
 
-Whether an index on a GPU is in range cannot be asked without waiting for it. A kernel never reads out of bounds
-because of one: it goes on with the nearest admissible value and sets its device's flag. The flag is looked at
-where the host waits for the device anyway, and by `check_device_errors`.
+Whether an index on a GPU is in range cannot be asked without waiting for it. A kernel never reads out of
+bounds because of one: it goes on with the nearest admissible value and sets its device's flag, which is
+looked at where the host waits for the device anyway, and by `check_device_errors`.
 """
 
 import torch

@@ -9,7 +9,8 @@ module imports Triton only when a kernel is launched: everything else works with
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -52,7 +53,48 @@ class Config:
         return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
 
 
-@cache
+class LaunchTable:
+    """Configurations of a kernel, as data: what is asked for, by architecture, with a default for the others.
+
+    Args:
+        default: configurations by key, best first; the key is the kernel's own (dtype, head dim, tile).
+        architectures: those that differ, by compute capability (80, 90, …).
+    """
+
+    def __init__(
+        self,
+        default: Mapping[Hashable, tuple[Config, ...]],
+        architectures: Mapping[int, Mapping[Hashable, tuple[Config, ...]]] | None = None,
+    ) -> None:
+        self.default = dict(default)
+        self.architectures = {number: dict(table) for number, table in (architectures or {}).items()}
+        self._override: tuple[Config, ...] | None = None
+
+    def configs(self, architecture: int, key: Hashable) -> tuple[Config, ...]:
+        """Configurations for a key, best first."""
+        if self._override is not None:
+            return self._override
+        return self.architectures.get(architecture, {}).get(key) or self.default[key]
+
+    @contextmanager
+    def overridden(self, *configs: Config) -> Iterator[None]:
+        """Use these configurations, best first, whatever is asked for: for measuring and for tests."""
+        before, self._override = self._override, configs
+        try:
+            yield
+        finally:
+            self._override = before
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n; 1 for n <= 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+SMALLEST_TILE = 16
+"""`tl.dot` takes no less."""
+
+
 def interpreting() -> bool:
     """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1), as tests do."""
     if importlib.util.find_spec("triton") is None:
@@ -62,12 +104,16 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
 def _device_reason(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
     if device.type == "cpu":
         return None if interpreting() else "Triton needs a CUDA device, the tensors are on the CPU"
+    return _other_device_reason(device)
+
+
+@cache
+def _other_device_reason(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     if device.type != "cuda":
         return f"Triton needs a CUDA device, the tensors are on {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY:
@@ -123,6 +169,14 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
         found.append(contiguous if size == 1 else stride)
         contiguous *= max(size, 1)
     return tuple(found[:0:-1])
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether an offset into one of the tensors, in elements, can pass 2**31: kernels use int64 then."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
+        for t in tensors
+    )
 
 
 # ------------------------------------------------------------------------------------------------- launching
@@ -183,7 +237,7 @@ def launch(
         # Triton 3.10 changes the default; the results must not change with it.
         "enable_fp_fusion": True,
     }
-    if interpreting():
+    if not hasattr(kernel, "device_caches"):  # interpreted
         kernel[grid](*args, **named, **options)
         return
     device = args[0].device

@@ -46,7 +46,6 @@ def _two_bits(word, limit):
 def keep_tile(bits, COLUMNS: tl.constexpr):
     """Spread bytes [M, COLUMNS // 8] of `keep_bits` to booleans [M, COLUMNS], eight neighbours a byte."""
     ROWS: tl.constexpr = bits.shape[0]
-    GROUPS: tl.constexpr = COLUMNS // 8
-    spread = tl.broadcast_to(bits[:, :, None], (ROWS, GROUPS, 8)).reshape(ROWS, COLUMNS)
-    lane = tl.arange(0, COLUMNS) & 7
-    return ((spread >> lane[None, :]) & 1) != 0
+    column = tl.arange(0, COLUMNS)
+    group = tl.broadcast_to((column >> 3)[None, :], (ROWS, COLUMNS))
+    return ((tl.gather(bits, group, 1) >> (column & 7)[None, :]) & 1) != 0

@@ -1,58 +1,64 @@
-"""Tiles, warps and stages of the cross-attention kernels, as data."""
+"""Tiles, warps and stages of the cross-attention kernels, as data.
+
+The forward's depend on nothing that says how images are shared, so that a sample's result does not either.
+"""
 
 import torch
 
-from ..launching import Config
+from ..launching import Config, LaunchTable
 
 CHUNK = 512
 """Image tokens that are attended to from a fresh start and then merged, in order. Part of the result's
 definition: however the chunks are spread over programs, the bits are the same."""
 
-SMALLEST_TILE = 16
-"""`tl.dot` takes no less."""
-
-GROUP_BLOCK = 1024
-"""Samples that the grouping kernel looks at together."""
+GROUP = Config.of(4, 1, BLOCK_S=1024)
+"""Of the grouping kernel: samples that it looks at together."""
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two >= n; 1 for n <= 1."""
-    return 1 << max(n - 1, 0).bit_length()
+def key(dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What the tables are indexed by."""
+    return "fp32" if dtype == torch.float32 else "half", "narrow" if head_dim <= 64 else "wide"
 
 
-def forward_configs(architecture: int, dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
-    """Configurations of the forward kernel, best first.
-
-    They depend on nothing that says how images are shared, so that a sample's result does not either.
-    """
-    if dtype == torch.float32:
-        return (
-            Config.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Config.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        )
-    stages = 3 if head_dim <= 64 else 2
-    return (
-        Config.of(4, stages, BLOCK_M=64, BLOCK_N=64),
-        Config.of(4, 1, BLOCK_M=64, BLOCK_N=32),
-        Config.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-    )
+def _tile(rows: int, tokens: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_M=rows, BLOCK_N=tokens)
 
 
-def backward_configs(
-    architecture: int, dtype: torch.dtype, head_dim: int, num_queries: int, *, grouped: bool
-) -> tuple[Config, ...]:
-    """Configurations of the backward kernel, best first: 128 stacked rows where images are shared."""
-    if dtype == torch.float32:
-        return (
-            Config.of(4, 1, BLOCK_M=32, BLOCK_N=32),
-            Config.of(4, 1, BLOCK_M=16, BLOCK_N=16),
-        )
-    alone = min(max(SMALLEST_TILE, power_of_two(num_queries)), 128)
-    rows = 128 if grouped else alone
-    if head_dim > 64:
-        rows = min(rows, 64)
-    wide = Config.of(8 if rows == 128 else 4, 2, BLOCK_M=rows, BLOCK_N=64)
-    return (wide, Config.of(4, 1, BLOCK_M=min(rows, 64), BLOCK_N=32))
+FORWARD = LaunchTable(
+    {
+        ("half", "narrow"): (_tile(64, 64, 4, 3), _tile(64, 32, 4, 1), _tile(32, 32, 4, 1)),
+        ("half", "wide"): (_tile(64, 32, 4, 2), _tile(32, 32, 4, 1)),
+        ("fp32", "narrow"): (_tile(32, 32, 4, 1), _tile(16, 16, 4, 1)),
+        ("fp32", "wide"): (_tile(16, 32, 4, 1), _tile(16, 16, 4, 1)),
+    }
+)
+BACKWARD_SHARED = LaunchTable(
+    {
+        ("half", "narrow"): (_tile(128, 64, 8, 2), _tile(64, 32, 4, 1)),
+        ("half", "wide"): (_tile(128, 64, 8, 2), _tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
+        ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
+        ("fp32", "wide"): (_tile(16, 16, 4, 1),),
+    }
+)
+"""Where samples share images: four samples of 32 queries are one tile."""
+BACKWARD_ALONE = LaunchTable(
+    {
+        ("half", "narrow"): (_tile(32, 64, 4, 2), _tile(32, 32, 4, 1)),
+        ("half", "wide"): (_tile(32, 64, 4, 1), _tile(32, 32, 4, 1)),
+        ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
+        ("fp32", "wide"): (_tile(16, 16, 4, 1),),
+    }
+)
+"""Where every sample has an image of its own: one sample of 32 queries is a tile."""
+BACKWARD_KEYS = LaunchTable(
+    {
+        ("half", "narrow"): (_tile(64, 64, 4, 1), _tile(32, 32, 4, 1)),
+        ("half", "wide"): (_tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
+        ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
+        ("fp32", "wide"): (_tile(16, 16, 4, 1),),
+    }
+)
+"""Of the kernel for images that several tiles look at."""
 
 
 def split_chunks(programs: int, chunks: int, processors: int) -> bool:

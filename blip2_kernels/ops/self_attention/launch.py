@@ -9,10 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..launching import Config
-
-SMALLEST_TILE = 16
-"""`tl.dot` takes no less."""
+from ..launching import SMALLEST_TILE, Config, LaunchTable, power_of_two
 
 
 class Tiles(NamedTuple):
@@ -20,13 +17,6 @@ class Tiles(NamedTuple):
 
     rows: int
     keys: int
-
-
-def one_tile_rows(dtype: torch.dtype, head_dim: int) -> int:
-    """Rows of the largest single tile: what the backward holds in registers without spilling."""
-    if dtype == torch.float32:
-        return 64 if head_dim <= 64 else 32
-    return 128 if head_dim <= 64 else 64
 
 
 def tile_rows(queries: int, longest_text: int) -> int:
@@ -37,37 +27,50 @@ def tile_rows(queries: int, longest_text: int) -> int:
     return max(SMALLEST_TILE, power_of_two(begin + text))
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two >= n; 1 for n <= 1."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def one_tile_configs(
-    architecture: int, dtype: torch.dtype, joint: Tiles, unimodal: Tiles, *, backward: bool
-) -> tuple[Config, ...]:
-    """Configurations for samples that are one tile, best first."""
-    largest = max(joint.rows * joint.keys, unimodal.rows * unimodal.keys)
-    warps = 2 if largest <= 32 * 32 else 4 if largest <= 64 * 64 else 8
-    if dtype == torch.float32 and largest > 32 * 32:
-        warps = 8
-    blocks = {"BLOCK_M": joint.rows, "BLOCK_N": joint.keys, "TEXT_M": unimodal.rows, "TEXT_N": unimodal.keys}
-    return (Config.of(warps, 1, **blocks),)
-
-
-def _square(size: int, warps: int, stages: int, *, backward: bool) -> Config:
-    blocks = {"BLOCK_M": size, "BLOCK_N": size}
-    return (
-        Config.of(warps, stages, **blocks)
-        if backward
-        else Config.of(warps, stages, **blocks, TEXT_M=size, TEXT_N=size)
-    )
-
-
-def block_configs(
-    architecture: int, dtype: torch.dtype, head_dim: int, *, backward: bool
-) -> tuple[Config, ...]:
-    """Configurations for longer samples, best first."""
+def one_tile_rows(dtype: torch.dtype, head_dim: int) -> int:
+    """Rows of the largest single tile: what the backward holds in registers."""
     if dtype == torch.float32:
-        return tuple(_square(size, 4, 1, backward=backward) for size in (32, 16))
-    stages = 2 if head_dim <= 64 else 1
-    return tuple(_square(size, 4, stages, backward=backward) for size in (64, 32))
+        return 32
+    return 128 if head_dim <= 64 else 64
+
+
+ONE_TILE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
+"""By the longer side of the larger tile: about a fixed number of scores a thread."""
+
+
+def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config:
+    """The configuration of the kernels for samples that are one tile: the tile is theirs, not a choice."""
+    warps = 4 if dtype == torch.float32 else ONE_TILE_WARPS[max(*joint, *unimodal)]
+    blocks = {"BLOCK_M": joint.rows, "BLOCK_N": joint.keys, "TEXT_M": unimodal.rows, "TEXT_N": unimodal.keys}
+    return Config.of(warps, 1, **blocks)
+
+
+def block_key(dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What the tables of the blocked kernels are indexed by."""
+    return "fp32" if dtype == torch.float32 else "half", "narrow" if head_dim <= 64 else "wide"
+
+
+def _forward(rows: int, keys: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_M=rows, BLOCK_N=keys, TEXT_M=rows, TEXT_N=keys)
+
+
+def _backward(rows: int, keys: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_M=rows, BLOCK_N=keys)
+
+
+FORWARD = LaunchTable(
+    {
+        ("half", "narrow"): (_forward(64, 32, 4, 2), _forward(32, 32, 4, 1)),
+        ("half", "wide"): (_forward(64, 32, 4, 2), _forward(32, 32, 4, 1)),
+        ("fp32", "narrow"): (_forward(32, 16, 4, 1), _forward(16, 16, 4, 1)),
+        ("fp32", "wide"): (_forward(16, 16, 4, 1),),
+    }
+)
+BACKWARD = LaunchTable(
+    {
+        ("half", "narrow"): (_backward(64, 32, 4, 2), _backward(32, 32, 4, 1)),
+        ("half", "wide"): (_backward(64, 32, 8, 1), _backward(32, 32, 4, 1)),
+        ("fp32", "narrow"): (_backward(32, 16, 4, 1), _backward(16, 16, 4, 1)),
+        ("fp32", "wide"): (_backward(16, 16, 4, 1),),
+    }
+)

@@ -1,4 +1,4 @@
-"""Backward kernel of query-to-image cross-attention.
+"""Backward kernels of query-to-image cross-attention.
 
 With P the probabilities, M the dropout mask with its scale, and G the gradient of out = (P * M) V:
 
@@ -7,16 +7,16 @@ With P the probabilities, M the dropout mask with its scale, and G the gradient 
     dS = P * (dP - rowsum(G * out)) * scale
     dQ = dS K,  dK = dS^T Q
 
-Where all rows that look at an image are one tile, one program does all of it in one pass over the image. Where
-they are several, each tile's program computes dQ, and dK and dV belong to programs of their own, which go over
-the tiles in order. An image that nobody looks at has dK = dV = 0. No atomics: every element has one owner.
+Where all rows that look at an image are one tile, one program does all of it in one pass over the image.
+Where they are several, each tile's program computes dQ, and dK and dV belong to programs of their own, which
+go over the rows in order. An image that nobody looks at has dK = dV = 0. No atomics: every element has one
+owner.
 """
 
 import triton
 import triton.language as tl
 
-from .group import first_tile
-from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, visible_at
+from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
 @triton.jit
@@ -58,92 +58,108 @@ def _scores(
     return dropped.to(q.dtype), d_scores.to(q.dtype)
 
 
-@triton.jit(do_not_specialize=["tokens", "images", "tile_programs", "splits", "level", "place"])
-def backward_kernel(
+@triton.jit(do_not_specialize=["tokens", "level", "place"])
+def backward_rows_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
     order_ptr, start_ptr, tile_image_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
-    tokens, heads, tile_programs, splits, q_sample, q_query, q_head,
+    tokens, heads, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, grad_sample, grad_query, grad_head,
     scale, scale_log2, keep_scale, level, place,
     NUM_QUERIES: tl.constexpr, GROUPED: tl.constexpr, VISIBLE: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Cross-attention of stacked query rows to the tokens of their image, backward.
 
-    Grid: (tiles * heads + images * heads * splits,); the second sum is left out where every image has exactly
-    one tile. The first programs own dq of one tile and head, and dk and dv of the image and head where it is
-    the image's only one. The others own dk and dv of one image and head, of every `splits`-th block of
-    BLOCK_N tokens, where the image has several tiles or none. dq, dk and dv are contiguous.
+    Grid: (tiles * heads,). A program owns dq of BLOCK_M stacked rows of one image and one head and, where
+    these are all the rows that look at the image, dk and dv of the image and head too. It reads its rows of
+    q, grad and out once, and the image's keys and values once. dq, dk and dv are contiguous.
     """
-    program = tl.program_id(0)
-    head = program % heads
-    if program < tile_programs:
-        tile = program // heads
-        image, first, rows = tile_of(tile, start_ptr, tile_image_ptr, GROUPED, NUM_QUERIES, BLOCK_M)
-        if image < 0:
-            return
-        sample, query, there = sample_rows(
-            first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, BLOCK_M
-        )
-        q, grad, delta, lse, m_key = _rows(
-            q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
-            q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
-            NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
+    tile = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    image, first, rows = tile_of(tile, start_ptr, tile_image_ptr, GROUPED, NUM_QUERIES, BLOCK_M)
+    if image < 0:
+        return
+    sample, query, there = sample_rows(
+        first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
+    )
+    q, grad, delta, lse, m_key = _rows(
+        q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+        q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
+        NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    k_ptr += image.to(tl.int64) * k_image + head * k_head
+    v_ptr += image.to(tl.int64) * v_image + head * v_head
+    dk_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
+    dv_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
+        k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        dropped, d_scores = _scores(
+            q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
+            scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
         )  # fmt: skip
-        k_base, v_base = image.to(tl.int64) * k_image, image.to(tl.int64) * v_image
-        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        for start in range(0, tokens, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            token = n.to(tl.int64)
-            visible = visible_at(n, image, tokens, visible_ptr, VISIBLE)
-            k = load_tile(k_ptr, k_base + token * k_token + head * k_head, visible, HEAD_DIM, BLOCK_D)
-            v = load_tile(v_ptr, v_base + token * v_token + head * v_head, visible, HEAD_DIM, BLOCK_D)
+        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+        if rows <= BLOCK_M:
+            dv = tl.dot(tl.trans(dropped), grad, input_precision=PRECISION)  # [N, D]
+            store_tile(dv_ptr, dv, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
+            dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION)  # [N, D]
+            store_tile(dk_ptr, dk, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
+    place_of_m = ((sample * NUM_QUERIES + query) * heads + head) * HEAD_DIM
+    store_tile(dq_ptr, dq, place_of_m, there, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tokens", "splits", "level", "place"])
+def backward_keys_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr,
+    order_ptr, start_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
+    tokens, heads, splits, q_sample, q_query, q_head,
+    k_image, k_token, k_head, v_image, v_token, v_head, grad_sample, grad_query, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    NUM_QUERIES: tl.constexpr, GROUPED: tl.constexpr, VISIBLE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, OWNED_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of images that several tiles of rows look at, or nobody.
+
+    Grid: (images * splits * heads,). A program owns dk and dv of one image and head, of every `splits`-th
+    block of BLOCK_N tokens, and goes over the image's rows in order. It leaves at once where up to OWNED_ROWS
+    rows look at the image: those are one tile of `backward_rows_kernel`, which did the work.
+    """
+    head = tl.program_id(0) % heads
+    image = tl.program_id(0) // heads // splits
+    split = tl.program_id(0) // heads % splits
+    rows = NUM_QUERIES
+    if GROUPED:
+        rows = (tl.load(start_ptr + image + 1) - tl.load(start_ptr + image)) * NUM_QUERIES
+    if (rows > 0) & (rows <= OWNED_ROWS):
+        return
+    k_ptr += image.to(tl.int64) * k_image + head * k_head
+    v_ptr += image.to(tl.int64) * v_image + head * v_head
+    dk_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
+    dv_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
+    for start in range(split * BLOCK_N, tokens, splits * BLOCK_N):
+        n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
+        k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for first in range(0, rows, BLOCK_M):
+            sample, query, there = sample_rows(
+                first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
+            )
+            q, grad, delta, lse, m_key = _rows(
+                q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+                q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
+                NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
             dropped, d_scores = _scores(
                 q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
                 scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
             )  # fmt: skip
-            dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
-            if rows <= BLOCK_M:
-                place_of_n = ((image.to(tl.int64) * tokens + token) * heads + head) * HEAD_DIM
-                dv = tl.dot(tl.trans(dropped), grad, input_precision=PRECISION)  # [N, D]
-                store_tile(dv_ptr, dv, place_of_n, n < tokens, HEAD_DIM, BLOCK_D)
-                dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION)  # [N, D]
-                store_tile(dk_ptr, dk, place_of_n, n < tokens, HEAD_DIM, BLOCK_D)
-        place_of_m = ((sample * NUM_QUERIES + query) * heads + head) * HEAD_DIM
-        store_tile(dq_ptr, dq, place_of_m, there, HEAD_DIM, BLOCK_D)
-    else:
-        own = (program - tile_programs) // heads
-        image, split = own // splits, own % splits
-        rows = NUM_QUERIES
-        if GROUPED:
-            rows = (tl.load(start_ptr + image + 1) - tl.load(start_ptr + image)) * NUM_QUERIES
-        if (rows > 0) & (rows <= BLOCK_M):
-            return
-        k_base, v_base = image.to(tl.int64) * k_image, image.to(tl.int64) * v_image
-        for start in range(split * BLOCK_N, tokens, splits * BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            token = n.to(tl.int64)
-            visible = visible_at(n, image, tokens, visible_ptr, VISIBLE)
-            k = load_tile(k_ptr, k_base + token * k_token + head * k_head, visible, HEAD_DIM, BLOCK_D)
-            v = load_tile(v_ptr, v_base + token * v_token + head * v_head, visible, HEAD_DIM, BLOCK_D)
-            dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            for first in range(0, rows, BLOCK_M):
-                sample, query, there = sample_rows(
-                    first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, BLOCK_M
-                )
-                q, grad, delta, lse, m_key = _rows(
-                    q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
-                    q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
-                    NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
-                dropped, d_scores = _scores(
-                    q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
-                    scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
-                )  # fmt: skip
-                dv = tl.dot(tl.trans(dropped), grad, dv, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(d_scores), q, dk, input_precision=PRECISION)
-            place_of_n = ((image.to(tl.int64) * tokens + token) * heads + head) * HEAD_DIM
-            store_tile(dv_ptr, dv, place_of_n, n < tokens, HEAD_DIM, BLOCK_D)
-            store_tile(dk_ptr, dk, place_of_n, n < tokens, HEAD_DIM, BLOCK_D)
+            dv = tl.dot(tl.trans(dropped), grad, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(d_scores), q, dk, input_precision=PRECISION)
+        store_tile(dv_ptr, dv, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
+        store_tile(dk_ptr, dk, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)

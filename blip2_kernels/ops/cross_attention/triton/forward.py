@@ -3,17 +3,18 @@
 import triton
 import triton.language as tl
 
-from .tile import LENGTHS, keep_at, load_tile, sample_rows, store_tile, tile_of, visible_at
+from .tile import LENGTHS, keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
 @triton.jit
 def _chunk(
     q, m_key, k_ptr, v_ptr, visible_ptr, dropout_key_ptr, image, head, chunk, tokens,
-    k_image, k_token, k_head, v_image, v_token, v_head, scale_log2, level, place,
-    VISIBLE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    k_token, v_token, scale_log2, level, place,
+    VISIBLE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one chunk of an image's tokens, from a fresh start.
+    """Attend to one chunk of tokens, from a fresh start; k_ptr and v_ptr point at their image and head.
 
     Returns:
         The unnormalised sum [M, D], the largest score [M] (base 2) and the sum of probabilities [M].
@@ -26,11 +27,9 @@ def _chunk(
     if VISIBLE == LENGTHS:
         end = tl.minimum(end, tl.load(visible_ptr + image))
     for start in range(chunk * CHUNK, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        visible = visible_at(n, image, tokens, visible_ptr, VISIBLE)
-        token = n.to(tl.int64)
-        k = load_tile(k_ptr, k_image + token * k_token + head * k_head, visible, HEAD_DIM, BLOCK_D)  # [N, D]
-        v = load_tile(v_ptr, v_image + token * v_token + head * v_head, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
+        k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
         scores = tl.where(visible[None, :], scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, 1))
@@ -80,8 +79,8 @@ def forward_kernel(
     tokens, heads, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, scale_log2, keep_scale, level, place,
     NUM_QUERIES: tl.constexpr, GROUPED: tl.constexpr, VISIBLE: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, LSE: tl.constexpr, CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, LSE: tl.constexpr,
+    CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Cross-attention of stacked query rows to the tokens of their image, forward.
@@ -98,7 +97,7 @@ def forward_kernel(
     if image < 0:
         return
     sample, query, there = sample_rows(
-        first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, BLOCK_M
+        first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
     )
     q = load_tile(
         q_ptr, sample * q_sample + query * q_query + head * q_head, there, HEAD_DIM, BLOCK_D
@@ -106,13 +105,14 @@ def forward_kernel(
     m_key = query
     if DROPOUT:
         m_key = tl.load(row_keys_ptr + sample * NUM_QUERIES + query, mask=there, other=0)
-    k_base, v_base = image.to(tl.int64) * k_image, image.to(tl.int64) * v_image
+    k_ptr += image.to(tl.int64) * k_image + head * k_head
+    v_ptr += image.to(tl.int64) * v_image + head * v_head
 
     chunk = tl.program_id(1)
     acc, largest, total = _chunk(
         q, m_key, k_ptr, v_ptr, visible_ptr, dropout_key_ptr, image, head, chunk, tokens,
-        k_base, k_token, k_head, v_base, v_token, v_head, scale_log2, level, place,
-        VISIBLE, DROPOUT, PRECISION, HEAD_DIM, CHUNK, BLOCK_N, BLOCK_D,
+        k_token, v_token, scale_log2, level, place,
+        VISIBLE, DROPOUT, PRECISION, WIDE, HEAD_DIM, CHUNK, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if SPLIT:
         part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + chunk
@@ -126,8 +126,8 @@ def forward_kernel(
             for later in range(1, tl.cdiv(tokens, CHUNK)):
                 chunk_acc, chunk_largest, chunk_total = _chunk(
                     q, m_key, k_ptr, v_ptr, visible_ptr, dropout_key_ptr, image, head, later, tokens,
-                    k_base, k_token, k_head, v_base, v_token, v_head, scale_log2, level, place,
-                    VISIBLE, DROPOUT, PRECISION, HEAD_DIM, CHUNK, BLOCK_N, BLOCK_D,
+                    k_token, v_token, scale_log2, level, place,
+                    VISIBLE, DROPOUT, PRECISION, WIDE, HEAD_DIM, CHUNK, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 acc, largest, total = _merge(acc, largest, total, chunk_acc, chunk_largest, chunk_total)
         _write(
@@ -140,8 +140,8 @@ def forward_kernel(
 def merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_stats_ptr, order_ptr, start_ptr, tile_image_ptr,
     heads, chunks, keep_scale,
-    NUM_QUERIES: tl.constexpr, GROUPED: tl.constexpr, HEAD_DIM: tl.constexpr, LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, GROUPED: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks that `forward_kernel` left, in their order.
 
@@ -153,7 +153,7 @@ def merge_kernel(
     if image < 0:
         return
     sample, query, there = sample_rows(
-        first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, BLOCK_M
+        first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
     )
     part = tl.program_id(0).to(tl.int64) * chunks
     acc, largest, total = _load_part(part_ptr, part_stats_ptr, part, BLOCK_M, BLOCK_D)

@@ -76,9 +76,8 @@ def _group(q: Tensor, images: int, image_index: Tensor | None, block_m: int) -> 
         torch.empty(n, dtype=torch.int32, device=q.device) for n in (samples, images + 1, tiles)
     )
     args = (image_index.contiguous(), order, start, tile_image, error_flag(q.device), samples, images)
-    config = launching.Config.of(4, 1, BLOCK_S=launch.GROUP_BLOCK)
     constants = {"NUM_QUERIES": queries, "BLOCK_M": block_m}
-    launching.launch(group_kernel, (images,), args, constants, config)
+    launching.launch(group_kernel, (images,), args, constants, launch.GROUP)
     return Groups(order, start, tile_image), tiles
 
 
@@ -95,9 +94,9 @@ def _run_forward(
     layer: int,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    samples, queries, heads, head_dim = q.shape
+    heads, head_dim = q.shape[2:]
     images, tokens = k.shape[:2]
-    constants = _constants(q, image_index, visible, dropout_key)
+    constants = _constants(q, image_index, visible, dropout_key) | {"WIDE": launching.wide(q, k[:1], v[:1])}
     chunks = max(1, -(-tokens // launch.CHUNK))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor]:
@@ -120,14 +119,15 @@ def _run_forward(
         grid = (programs, chunks if split else 1)
         launching.launch(forward_kernel, grid, (*args, *numbers), constants | own, config)
         if split:
-            args = (out, lse, part, part_stats, *groups, heads, chunks, factor)
-            shared = ("NUM_QUERIES", "GROUPED", "HEAD_DIM", "BLOCK_D")
+            left = (out, lse, part, part_stats, *groups, heads, chunks, factor)
+            shared = ("NUM_QUERIES", "GROUPED", "WIDE", "HEAD_DIM", "BLOCK_D")
             own = {name: constants[name] for name in shared} | {"LSE": need_lse}
             merge = launching.Config.of(4, 1, BLOCK_M=config["BLOCK_M"])
-            launching.launch(merge_kernel, (programs,), args, own, merge)
+            launching.launch(merge_kernel, (programs,), left, own, merge)
         return out, lse
 
-    configs = launch.forward_configs(launching.architecture(q.device), q.dtype, head_dim)
+    architecture = launching.architecture(q.device)
+    configs = launch.FORWARD.configs(architecture, launch.key(q.dtype, head_dim))
     return launching.first_that_fits("cross_attention", configs, run)
 
 
@@ -151,28 +151,35 @@ def _run_backward(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     constants = _constants(q, image_index, visible, dropout_key)
+    constants["WIDE"] = launching.wide(q, k[:1], v[:1], grad)
+    numbers = (*_strides(q, k, v, grad), scale, scale * LOG2_E, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
-        from .backward import backward_kernel
+        from .backward import backward_keys_kernel, backward_rows_kernel
 
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         groups, tiles = _group(q, images, image_index, config["BLOCK_M"])
-        programs, splits = tiles * heads, 1
-        key_programs = 0
-        if image_index is not None or queries > config["BLOCK_M"]:
-            processors = launching.processors(q.device)
-            splits = launch.key_splits(images * heads, -(-tokens // config["BLOCK_N"]), processors)
-            key_programs = images * heads * splits
-        args = (q, k, v, grad, out, lse, dq, dk, dv, *groups, visible, row_keys, dropout_key)
-        numbers = (tokens, heads, programs, splits, *_strides(q, k, v, grad), scale, scale * LOG2_E)
-        numbers = (*numbers, *_dropout(dropout, layer))
-        launching.launch(backward_kernel, (programs + key_programs,), (*args, *numbers), constants, config)
+        rest = (visible, row_keys, dropout_key, tokens, heads)
+        args = (q, k, v, grad, out, lse, dq, dk, dv, *groups, *rest, *numbers)
+        launching.launch(backward_rows_kernel, (tiles * heads,), args, constants, config)
+        if image_index is None and queries <= config["BLOCK_M"]:
+            return dq, dk, dv
+
+        def run_keys(own: launching.Config) -> None:
+            blocks = -(-tokens // own["BLOCK_N"])
+            splits = launch.key_splits(images * heads, blocks, launching.processors(q.device))
+            args = (q, k, v, grad, out, lse, dk, dv, groups.order, groups.start, *rest, splits, *numbers)
+            owned = {"OWNED_ROWS": config["BLOCK_M"]}
+            grid = (images * splits * heads,)
+            launching.launch(backward_keys_kernel, grid, args, constants | owned, own)
+
+        key_configs = launch.BACKWARD_KEYS.configs(architecture, table_key)
+        launching.first_that_fits("cross_attention_backward (keys)", key_configs, run_keys)
         return dq, dk, dv
 
-    architecture = launching.architecture(q.device)
-    configs = launch.backward_configs(
-        architecture, q.dtype, head_dim, queries, grouped=image_index is not None
-    )
+    architecture, table_key = launching.architecture(q.device), launch.key(q.dtype, head_dim)
+    table = launch.BACKWARD_ALONE if image_index is None else launch.BACKWARD_SHARED
+    configs = table.configs(architecture, table_key)
     return launching.first_that_fits("cross_attention_backward", configs, run)
 
 
@@ -188,7 +195,7 @@ def _constants(
         "DROPOUT": key is not None,
         "PRECISION": launching.input_precision(q.dtype),
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(launch.SMALLEST_TILE, launch.power_of_two(head_dim)),
+        "BLOCK_D": max(launching.SMALLEST_TILE, launching.power_of_two(head_dim)),
     }
 
 

@@ -36,9 +36,9 @@ def tile_of(
 @triton.jit
 def sample_rows(
     first, rows, image, order_ptr, start_ptr,
-    GROUPED: tl.constexpr, NUM_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUPED: tl.constexpr, NUM_QUERIES: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Sample and query of each of BLOCK_M stacked rows from `first` on (int64), and whether there is one."""
+    """Sample (int64 if WIDE) and query of BLOCK_M stacked rows from `first` on, and whether there is one."""
     row = first + tl.arange(0, BLOCK_M)
     there = row < rows
     if GROUPED:
@@ -46,19 +46,26 @@ def sample_rows(
         sample = tl.load(order_ptr + place, mask=there, other=0)
     else:
         sample = tl.zeros((BLOCK_M,), tl.int32) + image
-    return sample.to(tl.int64), row % NUM_QUERIES, there
+    if WIDE:
+        sample = sample.to(tl.int64)
+    return sample, row % NUM_QUERIES, there
 
 
 @triton.jit
-def visible_at(n, image, tokens, visible_ptr, VISIBLE: tl.constexpr):
-    """Whether each image token exists and may be attended to."""
+def tokens_at(
+    start, image, tokens, visible_ptr, VISIBLE: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The tokens from `start` on (int64 if WIDE), and whether each exists and may be attended to."""
+    n = start + tl.arange(0, BLOCK_N)
     visible = n < tokens
     if VISIBLE == LENGTHS:
         visible = visible & (n < tl.load(visible_ptr + image))
     if VISIBLE == MASK:
-        place = visible_ptr + image.to(tl.int64) * tokens + n
-        visible = tl.load(place, mask=visible, other=0) != 0
-    return visible
+        mask_ptr = visible_ptr + image.to(tl.int64) * tokens
+        visible = tl.load(mask_ptr + n, mask=visible, other=0) != 0
+    if WIDE:
+        n = n.to(tl.int64)
+    return n, visible
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def keep_at(
 
 @triton.jit
 def load_tile(ptr, offsets, there, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of HEAD_DIM neighbours at int64 offsets, [rows, BLOCK_D]; 0 where there is none."""
+    """Rows of HEAD_DIM neighbours at offsets, [rows, BLOCK_D]; 0 where there is none."""
     d = tl.arange(0, BLOCK_D)
     mask = there[:, None]
     if HEAD_DIM < BLOCK_D:

@@ -24,14 +24,15 @@ def _tile(
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
     scale, scale_log2, keep_scale, level, place,
     TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One part of one sample and head in one tile; see `backward_tile_kernel`."""
     m = tl.arange(0, BLOCK_M)
-    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT, WIDE)
     m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
     n = tl.arange(0, BLOCK_N)
-    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
     n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
     n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
     allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
@@ -52,7 +53,7 @@ def _tile(
     if DROPOUT:
         keep = keep_at(
             0, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
-            level, place, TEXT, BLOCK_N,
+            level, place, TEXT, WIDE, BLOCK_N,
         )  # fmt: skip
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
@@ -80,7 +81,7 @@ def backward_tile_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
     scale, scale_log2, keep_scale, level, place,
     JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TEXT_M: tl.constexpr, TEXT_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,7 @@ def backward_tile_kernel(
                 sample, head, heads, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
-                TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     if UNIMODAL:
         if tl.program_id(1) == tl.num_programs(1) - 1:
@@ -110,7 +111,7 @@ def backward_tile_kernel(
                 sample, head, heads, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
-                True, False, DROPOUT, PRECISION, HEAD_DIM, TEXT_M, TEXT_N, BLOCK_D,
+                True, False, DROPOUT, PRECISION, WIDE, HEAD_DIM, TEXT_M, TEXT_N, BLOCK_D,
             )  # fmt: skip
 
 
@@ -122,11 +123,12 @@ def _d_rows(
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
     scale, scale_log2, keep_scale, level, place,
     TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of attending rows, over all attended ones."""
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT, WIDE)
     m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
     q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
     grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)  # [M, D]
@@ -136,7 +138,7 @@ def _d_rows(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, extent(sample, kv_queries, kv_offsets_ptr, TEXT), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+        n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
         n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
         n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
         allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
@@ -148,7 +150,7 @@ def _d_rows(
         if DROPOUT:
             keep = keep_at(
                 start, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
-                dropout_key_ptr, level, place, TEXT, BLOCK_N,
+                dropout_key_ptr, level, place, TEXT, WIDE, BLOCK_N,
             )  # fmt: skip
             d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
         d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)
@@ -164,11 +166,12 @@ def _d_keys(
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
     scale, scale_log2, keep_scale, level, place,
     TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of attended rows, over all attending ones."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
     n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
     n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
     k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
@@ -177,7 +180,7 @@ def _d_keys(
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, extent(sample, q_queries, q_offsets_ptr, TEXT), BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+        m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT, WIDE)
         m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
         q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
         grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)
@@ -192,7 +195,7 @@ def _d_keys(
         if DROPOUT:
             keep = keep_at(
                 block * BLOCK_N, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
-                dropout_key_ptr, level, place, TEXT, BLOCK_N,
+                dropout_key_ptr, level, place, TEXT, WIDE, BLOCK_N,
             )  # fmt: skip
             dropped = tl.where(keep, probs * keep_scale, 0.0)
             d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
@@ -203,82 +206,96 @@ def _d_keys(
     store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
-def _blocks(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
-    sample, head, heads, block, q_blocks, q_queries, kv_queries, q_start, kv_start,
-    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-    scale, scale_log2, keep_scale, level, place,
-    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One part: its first q_blocks programs own blocks of dq, the others blocks of dk and dv."""
-    if block < q_blocks:
-        _d_rows(
-            q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
-            q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
-            sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
-            q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-            scale, scale_log2, keep_scale, level, place,
-            TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    else:
-        _d_keys(
-            q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
-            q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
-            sample, head, heads, block - q_blocks, q_queries, kv_queries, q_start, kv_start,
-            q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-            scale, scale_log2, keep_scale, level, place,
-            TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-
-
 @triton.jit(
     do_not_specialize=[
-        "joint_q_blocks", "joint_blocks", "text_q_blocks",
-        "q_queries", "kv_queries", "q_start", "kv_start", "text_q_start", "text_kv_start", "level", "place",
+        "joint_blocks", "q_queries", "kv_queries", "q_start", "kv_start", "text_q_start", "text_kv_start",
+        "level", "place",
     ]
 )  # fmt: skip
-def backward_blocks_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-    q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
+def backward_rows_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
     text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
-    heads, joint_q_blocks, joint_blocks, text_q_blocks,
-    q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
+    heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
     scale, scale_log2, keep_scale, level, place,
     JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Masked self-attention, backward, for samples of any length.
+    """Masked self-attention of samples of any length, backward: dq.
 
-    Grid: (samples * heads, blocks), the blocks being those of the joint part's dq, its dk and dv, the
-    unimodal text's dq, its dk and dv. A program owns one of them and loops over the other side of its part,
-    with the forward's log2-sum-exp2 and rowsum(grad * out).
+    Grid: (samples * heads, blocks of attending rows: those of the joint part, then of the unimodal text). A
+    program owns dq of one block of one sample and head, and loops over the keys and values of its part, with
+    the forward's log2-sum-exp2 and rowsum(grad * out).
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     block = tl.program_id(1)
     if JOINT:
         if block < joint_blocks:
-            _blocks(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-                q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
-                sample, head, heads, block, joint_q_blocks, q_queries, kv_queries, q_start, kv_start,
+            _d_rows(
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+                q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+                sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
-                TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     if UNIMODAL:
         if block >= joint_blocks:
-            _blocks(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
-                q_keys_ptr, kv_keys_ptr,
+            _d_rows(
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
                 text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
-                sample, head, heads, block - joint_blocks, text_q_blocks, 0, 0, text_q_start, text_kv_start,
+                sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
-                True, False, DROPOUT, PRECISION, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                True, False, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "joint_blocks", "q_queries", "kv_queries", "q_start", "kv_start", "text_q_start", "text_kv_start",
+        "level", "place",
+    ]
+)  # fmt: skip
+def backward_keys_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
+    text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+    heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Masked self-attention of samples of any length, backward: dk and dv.
+
+    Grid: (samples * heads, blocks of attended rows: those of the joint part, then of the unimodal text). A
+    program owns dk and dv of one block of one sample and head, and loops over the rows of its part.
+    """
+    sample = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    block = tl.program_id(1)
+    if JOINT:
+        if block < joint_blocks:
+            _d_keys(
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+                q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+                sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
+                q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+                scale, scale_log2, keep_scale, level, place,
+                TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    if UNIMODAL:
+        if block >= joint_blocks:
+            _d_keys(
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+                text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+                sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
+                q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+                scale, scale_log2, keep_scale, level, place,
+                True, False, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip

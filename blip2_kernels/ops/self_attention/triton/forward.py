@@ -14,12 +14,12 @@ def _part(
     q_row, q_head, k_row, k_head, v_row, v_head,
     scale_log2, keep_scale, level, place,
     TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ONE_TILE: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, ONE_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one part of one sample and head; see `forward_kernel`."""
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT)
+    m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT, WIDE)
     m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
     q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
 
@@ -31,7 +31,7 @@ def _part(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, columns, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+        n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
         n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
         k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
@@ -49,7 +49,7 @@ def _part(
         if DROPOUT:
             keep = keep_at(
                 start, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
-                dropout_key_ptr, level, place, TEXT, BLOCK_N,
+                dropout_key_ptr, level, place, TEXT, WIDE, BLOCK_N,
             )  # fmt: skip
             probs = tl.where(keep, probs, 0.0)
         acc = tl.dot(probs.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
@@ -79,7 +79,8 @@ def forward_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head,
     scale_log2, keep_scale, level, place,
     JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, ONE_TILE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TEXT_M: tl.constexpr, TEXT_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +104,7 @@ def forward_kernel(
                 sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head,
                 scale_log2, keep_scale, level, place,
-                TEXT, CAUSAL, DROPOUT, PRECISION, HEAD_DIM, ONE_TILE, BLOCK_M, BLOCK_N, BLOCK_D,
+                TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, ONE_TILE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     if UNIMODAL:
         if block >= joint_blocks:
@@ -113,5 +114,5 @@ def forward_kernel(
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head,
                 scale_log2, keep_scale, level, place,
-                True, False, DROPOUT, PRECISION, HEAD_DIM, ONE_TILE, TEXT_M, TEXT_N, BLOCK_D,
+                True, False, DROPOUT, PRECISION, WIDE, HEAD_DIM, ONE_TILE, TEXT_M, TEXT_N, BLOCK_D,
             )  # fmt: skip

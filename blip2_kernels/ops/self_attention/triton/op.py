@@ -152,6 +152,7 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
     one_tile = sizes.one_tile(q.dtype, head_dim)
     constants = _constants(q, rows, sizes, key)
     constants |= {"JOINT": sizes.q_queries > 0 or sizes.q_longest > 0, "ONE_TILE": one_tile}
+    constants["WIDE"] = launching.wide(q, k, v)
     constants["UNIMODAL"] = sizes.unimodal_q_longest > 0
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor]:
@@ -167,11 +168,12 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
         return out, lse
 
     architecture = launching.architecture(q.device)
+    configs: tuple[launching.Config, ...]
     if one_tile:
-        tiles = sizes.joint_tiles(), sizes.unimodal_tiles()
-        configs = launch.one_tile_configs(architecture, q.dtype, *tiles, backward=False)
+        configs = (launch.one_tile_config(sizes.joint_tiles(), sizes.unimodal_tiles(), q.dtype),)
     else:
-        configs = launch.block_configs(architecture, q.dtype, head_dim, backward=False)
+        table = launch.FORWARD
+        configs = table.configs(architecture, launch.block_key(q.dtype, head_dim))
     return launching.first_that_fits("self_attention", configs, run)
 
 
@@ -183,12 +185,13 @@ def _run_backward(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     constants = _constants(q, rows, sizes, key)
+    constants["WIDE"] = launching.wide(q, k, v, grad)
     constants |= {"JOINT": sizes.q_queries + sizes.kv_queries > 0 or sizes.has_text()}
     constants["UNIMODAL"] = sizes.unimodal_kv_longest > 0
     numbers = (*sizes.places(), *_strides(q, k, v, grad), scale, scale * LOG2_E, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
-        from .backward import backward_blocks_kernel, backward_tile_kernel
+        from .backward import backward_keys_kernel, backward_rows_kernel, backward_tile_kernel
 
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         gradients = dq, dk, dv
@@ -197,24 +200,25 @@ def _run_backward(
             grid = (sizes.samples * heads, constants["JOINT"] + constants["UNIMODAL"])
             launching.launch(backward_tile_kernel, grid, args, constants, config)
             return gradients
-        m, n = config["BLOCK_M"], config["BLOCK_N"]
-        q_blocks = _blocks(sizes.q_queries, sizes.q_longest, m)
-        joint = q_blocks + _blocks(sizes.kv_queries, sizes.kv_longest, n)
-        text_q_blocks = _blocks(0, sizes.unimodal_q_longest, m)
-        blocks = joint + text_q_blocks + _blocks(0, sizes.unimodal_kv_longest, n)
-        args = (q, k, v, grad, out, lse, *gradients, *rows, key, heads, q_blocks, joint, text_q_blocks)
-        launching.launch(
-            backward_blocks_kernel, (sizes.samples * heads, blocks), (*args, *numbers), constants, config
-        )
+        inputs = (q, k, v, grad, out, lse)
+        joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
+        blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
+        args = (*inputs, dq, *rows, key, heads, joint, *numbers)
+        launching.launch(backward_rows_kernel, (sizes.samples * heads, blocks), args, constants, config)
+        joint = _blocks(sizes.kv_queries, sizes.kv_longest, config["BLOCK_N"])
+        blocks = joint + _blocks(0, sizes.unimodal_kv_longest, config["BLOCK_N"])
+        args = (*inputs, dk, dv, *rows, key, heads, joint, *numbers)
+        launching.launch(backward_keys_kernel, (sizes.samples * heads, blocks), args, constants, config)
         return gradients
 
     one_tile = sizes.one_tile(q.dtype, head_dim)
     architecture = launching.architecture(q.device)
+    configs: tuple[launching.Config, ...]
     if one_tile:
-        tiles = sizes.joint_tiles(), sizes.unimodal_tiles()
-        configs = launch.one_tile_configs(architecture, q.dtype, *tiles, backward=True)
+        configs = (launch.one_tile_config(sizes.joint_tiles(), sizes.unimodal_tiles(), q.dtype),)
     else:
-        configs = launch.block_configs(architecture, q.dtype, head_dim, backward=True)
+        table = launch.BACKWARD
+        configs = table.configs(architecture, launch.block_key(q.dtype, head_dim))
     return launching.first_that_fits("self_attention_backward", configs, run)
 
 
@@ -231,7 +235,7 @@ def _constants(q: Tensor, rows: Rows, sizes: Sizes, key: Tensor | None) -> dict[
         "DROPOUT": key is not None,
         "PRECISION": launching.input_precision(q.dtype),
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(launch.SMALLEST_TILE, launch.power_of_two(head_dim)),
+        "BLOCK_D": max(launching.SMALLEST_TILE, launching.power_of_two(head_dim)),
     }
 
 

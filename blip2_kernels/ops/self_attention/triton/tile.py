@@ -35,8 +35,8 @@ def extent(sample, queries, offsets_ptr, TEXT: tl.constexpr):
 
 
 @triton.jit
-def rows_at(position, sample, queries, text_start, offsets_ptr, TEXT: tl.constexpr):
-    """The row of the buffer at each position, int64, and whether there is one."""
+def rows_at(position, sample, queries, text_start, offsets_ptr, TEXT: tl.constexpr, WIDE: tl.constexpr):
+    """The row of the buffer at each position (int64 if WIDE), and whether there is one."""
     row = sample * queries + position
     exists = position < queries
     if TEXT:
@@ -45,7 +45,9 @@ def rows_at(position, sample, queries, text_start, offsets_ptr, TEXT: tl.constex
         ordinal = position - text_begin(queries)
         row = tl.where(ordinal >= 0, text_start + first + ordinal, row)
         exists = exists | ((ordinal >= 0) & (ordinal < count))
-    return row.to(tl.int64), exists
+    if WIDE:
+        row = row.to(tl.int64)
+    return row, exists
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def store_tile(
 @triton.jit
 def keep_at(
     start, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
-    dropout_key_ptr, level, place, TEXT: tl.constexpr, BLOCK_N: tl.constexpr,
+    dropout_key_ptr, level, place, TEXT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Which probabilities of the columns from `start` on survive dropout, [M, BLOCK_N].
 
@@ -111,6 +113,6 @@ def keep_at(
     group; `supports` refuses layouts of which that is not true.
     """
     n = start + tl.arange(0, BLOCK_N // 8) * 8
-    rows, there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT)
+    rows, there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
     groups = tl.load(kv_keys_ptr + rows, mask=there, other=0) >> 3
     return keep_tile(keep_bits(dropout_key_ptr, m_key[:, None], groups[None, :], head, place, level), BLOCK_N)
