@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="another draw for every random test (default 0)")
+    parser.addoption("--kernel-cases", type=int, default=40, help="random cases a kernel (default 40)")
 
 
 def pytest_report_header(config):
@@ -42,6 +43,12 @@ def seed(request) -> int:
     torch.manual_seed(number)
     print(f"seed {number}: random, numpy and torch (repeat with --seed={request.config.getoption('--seed')})")
     return number
+
+
+@pytest.fixture
+def kernel_cases(request) -> int:
+    """How many random cases a kernel's test draws."""
+    return request.config.getoption("--kernel-cases")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: dropout by Philox, dtypes of a product."""
+"""What the Triton kernels share: dropout by Philox, and what rounding leaves."""
 
 import triton
 import triton.language as tl
@@ -49,3 +49,13 @@ def keep_tile(bits, COLUMNS: tl.constexpr):
     column = tl.arange(0, COLUMNS)
     group = tl.broadcast_to((column >> 3)[None, :], (ROWS, COLUMNS))
     return ((tl.gather(bits, group, 1) >> (column & 7)[None, :]) & 1) != 0
+
+
+@triton.jit
+def rounding_rest(tile, ptr):
+    """What is lost when a float32 tile is stored through a pointer: the forward keeps it for the backward.
+
+    rowsum(grad * out) is subtracted from numbers of its own size: where a row sees one key they are equal, and
+    the rounding of out would be all that is left of the difference.
+    """
+    return tile - tile.to(ptr.dtype.element_ty).to(tl.float32)

@@ -243,7 +243,7 @@ BAD = [
     (
         {"backend": "flash"},
         ValueError,
-        "backend: expected one of 'auto', 'torch', 'reference', got str 'flash'",
+        "backend: expected one of 'auto', 'triton', 'torch', 'reference', got str 'flash'",
     ),
 ]
 

@@ -21,7 +21,7 @@ from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_a
 
 @triton.jit
 def _rows(
-    q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+    q_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
     q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
     NUM_QUERIES: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -30,8 +30,10 @@ def _rows(
     grad_place = sample * grad_sample + query * grad_query + head * grad_head
     grad = load_tile(grad_ptr, grad_place, there, HEAD_DIM, BLOCK_D)
     place = (sample * NUM_QUERIES + query) * heads + head
-    out = load_tile(out_ptr, place * HEAD_DIM, there, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    out = load_tile(out_ptr, place * HEAD_DIM, there, HEAD_DIM, BLOCK_D).to(tl.float32)
+    if rest_ptr is not None:
+        out += load_tile(rest_ptr, place * HEAD_DIM, there, HEAD_DIM, BLOCK_D).to(tl.float32)
+    delta = tl.sum(grad.to(tl.float32) * out, 1)
     lse = tl.load(lse_ptr + place, mask=there, other=float("inf"))
     m_key = query
     if DROPOUT:
@@ -60,7 +62,7 @@ def _scores(
 
 @triton.jit(do_not_specialize=["tokens", "level", "place"])
 def backward_rows_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
     order_ptr, start_ptr, tile_image_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
     tokens, heads, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, grad_sample, grad_query, grad_head,
@@ -84,7 +86,7 @@ def backward_rows_kernel(
         first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
     )
     q, grad, delta, lse, m_key = _rows(
-        q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+        q_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
         q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
         NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
@@ -113,7 +115,7 @@ def backward_rows_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "splits", "level", "place"])
 def backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
     order_ptr, start_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
     tokens, heads, splits, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, grad_sample, grad_query, grad_head,
@@ -151,7 +153,7 @@ def backward_keys_kernel(
                 first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
             )
             q, grad, delta, lse, m_key = _rows(
-                q_ptr, grad_ptr, out_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+                q_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
                 q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
                 NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
             )  # fmt: skip

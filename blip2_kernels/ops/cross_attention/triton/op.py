@@ -43,8 +43,8 @@ def cross_attention_triton(
         visible = (image_mask != 0).to(torch.uint8)
     key = dropout_key.to(q.device) if dropout > 0 else None
     names = row_keys.contiguous() if dropout > 0 else None
-    need_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return _forward(q, k, v, image_index, visible, names, key, scale, dropout, layer, need_lse)[0]
+    need_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return _forward(q, k, v, image_index, visible, names, key, scale, dropout, layer, need_backward)[0]
 
 
 # ------------------------------------------------------------------------------------------------- operators
@@ -92,18 +92,20 @@ def _run_forward(
     scale: float,
     dropout: float,
     layer: int,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+    need_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     heads, head_dim = q.shape[2:]
     images, tokens = k.shape[:2]
     constants = _constants(q, image_index, visible, dropout_key) | {"WIDE": launching.wide(q, k[:1], v[:1])}
     chunks = max(1, -(-tokens // launch.CHUNK))
 
-    def run(config: launching.Config) -> tuple[Tensor, Tensor]:
+    def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
         from .forward import forward_kernel, merge_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3] if need_lse else 0, dtype=torch.float32, device=q.device)
+        lse = torch.empty(q.shape[:3] if need_backward else 0, dtype=torch.float32, device=q.device)
+        keep_rest = need_backward and q.dtype != torch.float32
+        rest = torch.empty(q.shape if keep_rest else 0, dtype=q.dtype, device=q.device)
         groups, tiles = _group(q, images, image_index, config["BLOCK_M"])
         programs = tiles * heads
         split = launch.split_chunks(programs, chunks, launching.processors(q.device))
@@ -113,18 +115,33 @@ def _run_forward(
             part = torch.empty(size * constants["BLOCK_D"], dtype=torch.float32, device=q.device)
             part_stats = torch.empty(size * 2, dtype=torch.float32, device=q.device)
         factor, level, place = _dropout(dropout, layer)
-        args = (q, k, v, out, lse, part, part_stats, *groups, visible, row_keys, dropout_key, tokens, heads)
+        args = (
+            q,
+            k,
+            v,
+            out,
+            _or_none(rest),
+            lse,
+            part,
+            part_stats,
+            *groups,
+            visible,
+            row_keys,
+            dropout_key,
+            tokens,
+            heads,
+        )
         numbers = (*_strides(q, k, v), scale * LOG2_E, factor, level, place)
-        own = {"LSE": need_lse, "CHUNK": launch.CHUNK, "ONE_CHUNK": chunks == 1, "SPLIT": split}
+        own = {"LSE": need_backward, "CHUNK": launch.CHUNK, "ONE_CHUNK": chunks == 1, "SPLIT": split}
         grid = (programs, chunks if split else 1)
         launching.launch(forward_kernel, grid, (*args, *numbers), constants | own, config)
         if split:
-            left = (out, lse, part, part_stats, *groups, heads, chunks, factor)
+            left = (out, _or_none(rest), lse, part, part_stats, *groups, heads, chunks, factor)
             shared = ("NUM_QUERIES", "GROUPED", "WIDE", "HEAD_DIM", "BLOCK_D")
-            own = {name: constants[name] for name in shared} | {"LSE": need_lse}
+            own = {name: constants[name] for name in shared} | {"LSE": need_backward}
             merge = launching.Config.of(4, 1, BLOCK_M=config["BLOCK_M"])
             launching.launch(merge_kernel, (programs,), left, own, merge)
-        return out, lse
+        return out, rest, lse
 
     architecture = launching.architecture(q.device)
     configs = launch.FORWARD.configs(architecture, launch.key(q.dtype, head_dim))
@@ -137,6 +154,7 @@ def _run_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    rest: Tensor,
     lse: Tensor,
     image_index: Tensor | None,
     visible: Tensor | None,
@@ -159,8 +177,8 @@ def _run_backward(
 
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         groups, tiles = _group(q, images, image_index, config["BLOCK_M"])
-        rest = (visible, row_keys, dropout_key, tokens, heads)
-        args = (q, k, v, grad, out, lse, dq, dk, dv, *groups, *rest, *numbers)
+        given = (visible, row_keys, dropout_key, tokens, heads)
+        args = (q, k, v, grad, out, _or_none(rest), lse, dq, dk, dv, *groups, *given, *numbers)
         launching.launch(backward_rows_kernel, (tiles * heads,), args, constants, config)
         if image_index is None and queries <= config["BLOCK_M"]:
             return dq, dk, dv
@@ -168,7 +186,22 @@ def _run_backward(
         def run_keys(own: launching.Config) -> None:
             blocks = -(-tokens // own["BLOCK_N"])
             splits = launch.key_splits(images * heads, blocks, launching.processors(q.device))
-            args = (q, k, v, grad, out, lse, dk, dv, groups.order, groups.start, *rest, splits, *numbers)
+            args = (
+                q,
+                k,
+                v,
+                grad,
+                out,
+                _or_none(rest),
+                lse,
+                dk,
+                dv,
+                groups.order,
+                groups.start,
+                *given,
+                splits,
+                *numbers,
+            )
             owned = {"OWNED_ROWS": config["BLOCK_M"]}
             grid = (images * splits * heads,)
             launching.launch(backward_keys_kernel, grid, args, constants | owned, own)
@@ -208,23 +241,29 @@ def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:
     return keep_scale(dropout), threshold(dropout), layer * LANES + int(Site.CROSS_ATTENTION)
 
 
-def _fake_forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_lse = rest[-1]
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3] if need_lse else 0, dtype=torch.float32)
+def _or_none(tensor: Tensor) -> Tensor | None:
+    """What a kernel gets for a tensor that may be empty, and then is not used."""
+    return tensor if tensor.numel() else None
+
+
+def _fake_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_backward = inputs[-1]
+    rest = q.new_empty(q.shape if need_backward and q.dtype != torch.float32 else 0)
+    return q.new_empty(q.shape), rest, q.new_empty(q.shape[:3] if need_backward else 0, dtype=torch.float32)
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, scale, dropout, layer, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
     ctx.options = (scale, dropout, layer)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     rest = (None,) * 8
     if grad is None:
         return (None, None, None, *rest)
@@ -236,13 +275,14 @@ _OPTIONS = (
     " float scale, float dropout, int layer"
 )
 _forward = define(
-    f"cross_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_lse) -> (Tensor, Tensor)",
+    f"cross_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_backward)"
+    " -> (Tensor, Tensor, Tensor)",
     _run_forward,
     _fake_forward,
 )
 _backward = define(
-    "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor rest,"
+    f" Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

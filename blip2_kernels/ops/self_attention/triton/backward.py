@@ -116,8 +116,18 @@ def backward_tile_kernel(
 
 
 @triton.jit
+def _exact_out(out_ptr, rest_ptr, rows, there, head, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of out as they were before they were rounded, float32."""
+    stride, offset = heads * HEAD_DIM, head * HEAD_DIM
+    out = load_tile(out_ptr, rows, there, stride, offset, HEAD_DIM, BLOCK_D).to(tl.float32)
+    if rest_ptr is not None:
+        out += load_tile(rest_ptr, rows, there, stride, offset, HEAD_DIM, BLOCK_D).to(tl.float32)
+    return out
+
+
+@triton.jit
 def _d_rows(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
     sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -132,8 +142,8 @@ def _d_rows(
     m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
     q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
     grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)  # [M, D]
-    out = load_tile(out_ptr, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    out = _exact_out(out_ptr, rest_ptr, m_rows, m_there, head, heads, HEAD_DIM, BLOCK_D)  # [M, D]
+    delta = tl.sum(grad.to(tl.float32) * out, 1)
     lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, extent(sample, kv_queries, kv_offsets_ptr, TEXT), BLOCK_N):
@@ -160,7 +170,7 @@ def _d_rows(
 
 @triton.jit
 def _d_keys(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
     sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -184,8 +194,8 @@ def _d_keys(
         m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
         q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
         grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)
-        out = load_tile(out_ptr, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
-        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        out = _exact_out(out_ptr, rest_ptr, m_rows, m_there, head, heads, HEAD_DIM, BLOCK_D)  # [M, D]
+        delta = tl.sum(grad.to(tl.float32) * out, 1)
         lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
         allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
@@ -213,7 +223,7 @@ def _d_keys(
     ]
 )  # fmt: skip
 def backward_rows_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
     text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
     heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
@@ -235,7 +245,7 @@ def backward_rows_kernel(
     if JOINT:
         if block < joint_blocks:
             _d_rows(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
                 q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -245,7 +255,7 @@ def backward_rows_kernel(
     if UNIMODAL:
         if block >= joint_blocks:
             _d_rows(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
                 text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -261,7 +271,7 @@ def backward_rows_kernel(
     ]
 )  # fmt: skip
 def backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
     text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
     heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
@@ -282,8 +292,8 @@ def backward_keys_kernel(
     if JOINT:
         if block < joint_blocks:
             _d_keys(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
-                q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
+                q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
@@ -292,8 +302,8 @@ def backward_keys_kernel(
     if UNIMODAL:
         if block >= joint_blocks:
             _d_keys(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
-                text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
+                q_keys_ptr, kv_keys_ptr, text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,

@@ -47,6 +47,7 @@ class Sizes(NamedTuple):
     Attributes:
         samples: S.
         q_queries, kv_queries: queries a sample.
+        need_backward: 1 if the forward must leave what the backward of several blocks reads.
         causal: 1 if the joint part's text is causal.
         q_start, kv_start: first row of the joint part's text.
         q_longest, kv_longest: most rows of it in a sample.
@@ -56,6 +57,7 @@ class Sizes(NamedTuple):
     samples: int
     q_queries: int
     kv_queries: int
+    need_backward: int = 1
     causal: int = 0
     q_start: int = 0
     kv_start: int = 0
@@ -106,6 +108,8 @@ def self_attention_triton(
 ) -> Tensor:
     """See `self_attention`."""
     rows, sizes = _flatten(q_layout, kv_layout, mask)
+    need_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    sizes = sizes._replace(need_backward=int(need_backward))
     key = dropout_key.to(q.device) if dropout > 0 else None
     return _forward(q, k, v, *rows, key, list(sizes), scale, dropout, layer)[0]
 
@@ -146,7 +150,7 @@ _LAYOUT = (
 )
 
 
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor]:
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, key, sizes, scale, dropout, layer = _unflatten(layout_and_options)
     heads, head_dim = q.shape[1:]
     one_tile = sizes.one_tile(q.dtype, head_dim)
@@ -155,17 +159,34 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
     constants["WIDE"] = launching.wide(q, k, v)
     constants["UNIMODAL"] = sizes.unimodal_q_longest > 0
 
-    def run(config: launching.Config) -> tuple[Tensor, Tensor]:
+    def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
         from .forward import forward_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(0 if one_tile else (q.shape[0], heads), dtype=torch.float32, device=q.device)
+        kept = not one_tile and sizes.need_backward
+        lse = torch.empty((q.shape[0], heads) if kept else 0, dtype=torch.float32, device=q.device)
+        rest = torch.empty(
+            q.shape if kept and q.dtype != torch.float32 else 0, dtype=q.dtype, device=q.device
+        )
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"]) if constants["JOINT"] else 0
         unimodal = _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
-        args = (q, k, v, out, lse, *rows, key, heads, joint, *sizes.places(), *_strides(q, k, v))
+        args = (
+            q,
+            k,
+            v,
+            out,
+            _or_none(rest),
+            _or_none(lse),
+            *rows,
+            key,
+            heads,
+            joint,
+            *sizes.places(),
+            *_strides(q, k, v),
+        )
         args = (*args, scale * LOG2_E, *_dropout(dropout, layer))
         launching.launch(forward_kernel, (sizes.samples * heads, joint + unimodal), args, constants, config)
-        return out, lse
+        return out, rest, lse
 
     architecture = launching.architecture(q.device)
     configs: tuple[launching.Config, ...]
@@ -178,7 +199,14 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
 
 
 def _run_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *layout_and_options: Any
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    rest: Tensor,
+    lse: Tensor,
+    *layout_and_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, key, sizes, scale, dropout, layer = _unflatten(layout_and_options)
     heads, head_dim = q.shape[1:]
@@ -200,7 +228,7 @@ def _run_backward(
             grid = (sizes.samples * heads, constants["JOINT"] + constants["UNIMODAL"])
             launching.launch(backward_tile_kernel, grid, args, constants, config)
             return gradients
-        inputs = (q, k, v, grad, out, lse)
+        inputs = (q, k, v, grad, out, _or_none(rest), lse)
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
         args = (*inputs, dq, *rows, key, heads, joint, *numbers)
@@ -254,26 +282,32 @@ def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:
     return keep_scale(dropout), threshold(dropout), layer * LANES + int(Site.SELF_ATTENTION)
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    one_tile = Sizes(*flat[9]).one_tile(q.dtype, q.shape[2])
-    lse = q.new_empty(0 if one_tile else q.shape[:2], dtype=torch.float32)
-    return q.new_empty(q.shape), lse
+def _or_none(tensor: Tensor) -> Tensor | None:
+    """What a kernel gets for a tensor that may be empty, and then is not used."""
+    return tensor if tensor.numel() else None
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = Sizes(*flat[9])
+    kept = not sizes.one_tile(q.dtype, q.shape[2]) and sizes.need_backward
+    rest = q.new_empty(q.shape if kept and q.dtype != torch.float32 else 0)
+    return q.new_empty(q.shape), rest, q.new_empty(q.shape[:2] if kept else 0, dtype=torch.float32)
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, *tensors, sizes, scale, dropout, layer = inputs
-    out, lse = output
+    out, rest, lse = output
     ctx.set_materialize_grads(False)
     # One tile computes its softmax again and needs neither output.
-    ctx.save_for_backward(q, k, v, out if lse.numel() else lse, lse, *tensors)
+    ctx.save_for_backward(q, k, v, out if lse.numel() else lse, rest, lse, *tensors)
     ctx.options = (sizes, scale, dropout, layer)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     rest = (None,) * (9 + len(ctx.options))
     if grad is None:
         return (None, None, None, *rest)
@@ -281,12 +315,12 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 _forward = define(
-    f"self_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)",
+    f"self_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
     _run_forward,
     _fake_forward,
 )
 _backward = define(
-    "self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor rest, Tensor lse, "
     f"{_LAYOUT}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
