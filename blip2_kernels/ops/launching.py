@@ -186,11 +186,14 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 _too_large: set[tuple] = set()
 
 
-def first_that_fits(name: str, configs: Sequence[Config], run: Callable[[Config], T]) -> T:
+def first_that_fits(
+    name: str, device: torch.device, configs: Sequence[Config], run: Callable[[Config], T]
+) -> T:
     """Run with the first configuration that fits the device's shared memory and registers.
 
     Args:
         name: of the op, for the message.
+        device: where it runs.
         configs: from the preferred one to the smallest.
         run: allocates its outputs and launches; nothing of a failed attempt is kept.
 
@@ -201,12 +204,12 @@ def first_that_fits(name: str, configs: Sequence[Config], run: Callable[[Config]
 
     errors = []
     for config in configs:
-        if (name, config) in _too_large:
+        if (name, device, config) in _too_large:
             continue
         try:
             return run(config)
         except OutOfResources as error:
-            _too_large.add((name, config))
+            _too_large.add((name, device, config))
             errors.append(f"({config}): {error}")
     tried = "; ".join(errors) or "all were found too large before"
     raise RuntimeError(f"{name}: expected a launch configuration that fits this device, tried {tried}")

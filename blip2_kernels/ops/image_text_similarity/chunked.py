@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-MAX_SCORES = 1 << 24
-"""Dot products held at a time (64 MiB in fp32), unless one image alone has more."""
+MAX_SCORES = 1 << 22
+"""Dot products held at a time (16 MiB in fp32), unless one image alone has more."""
 
 
 def image_text_similarity_chunked(image_feats: Tensor, text_feats: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def _run_forward(
 
     architecture = launching.architecture(q.device)
     configs = launch.FORWARD.configs(architecture, launch.key(q.dtype, head_dim))
-    return launching.first_that_fits("cross_attention", configs, run)
+    return launching.first_that_fits("cross_attention", q.device, configs, run)
 
 
 def _run_backward(
@@ -207,13 +207,13 @@ def _run_backward(
             launching.launch(backward_keys_kernel, grid, args, constants | owned, own)
 
         key_configs = launch.BACKWARD_KEYS.configs(architecture, table_key)
-        launching.first_that_fits("cross_attention_backward (keys)", key_configs, run_keys)
+        launching.first_that_fits("cross_attention_backward (keys)", q.device, key_configs, run_keys)
         return dq, dk, dv
 
     architecture, table_key = launching.architecture(q.device), launch.key(q.dtype, head_dim)
     table = launch.BACKWARD_ALONE if image_index is None else launch.BACKWARD_SHARED
     configs = table.configs(architecture, table_key)
-    return launching.first_that_fits("cross_attention_backward", configs, run)
+    return launching.first_that_fits("cross_attention_backward", q.device, configs, run)
 
 
 def _constants(

@@ -303,7 +303,8 @@ def backward_keys_kernel(
         if block >= joint_blocks:
             _d_keys(
                 q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
-                q_keys_ptr, kv_keys_ptr, text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
+                q_keys_ptr, kv_keys_ptr,
+                text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,

@@ -195,7 +195,7 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
     else:
         table = launch.FORWARD
         configs = table.configs(architecture, launch.block_key(q.dtype, head_dim))
-    return launching.first_that_fits("self_attention", configs, run)
+    return launching.first_that_fits("self_attention", q.device, configs, run)
 
 
 def _run_backward(
@@ -247,7 +247,7 @@ def _run_backward(
     else:
         table = launch.BACKWARD
         configs = table.configs(architecture, launch.block_key(q.dtype, head_dim))
-    return launching.first_that_fits("self_attention_backward", configs, run)
+    return launching.first_that_fits("self_attention_backward", q.device, configs, run)
 
 
 def _unflatten(flat: tuple) -> tuple[Rows, Tensor | None, Sizes, float, float, int]:

@@ -1,0 +1,67 @@
+"""Tiles, warps and stages of the latent attention kernels, as data."""
+
+import torch
+
+from ..launching import SMALLEST_TILE, Config, LaunchTable, power_of_two
+
+COLUMNS = 64
+"""Scores and probabilities of a row take a multiple of this, so that no tile of them needs a mask; the output
+kernel's BLOCK_N divides it."""
+
+WORKSPACE = 1 << 26
+"""Scores held at a time, unless one sample alone has more."""
+
+_ROWS = (16, 32, 64, 128)
+_SMALL_SHARED_MEMORY = (86, 89, 120, 121)
+"""Architectures with about 100 KiB of shared memory."""
+
+
+def key(dtype: torch.dtype, rows: int) -> tuple[str, int]:
+    """Dtype, and how many rows of a sample at most a tile should have."""
+    kind = "fp32" if dtype == torch.float32 else "half"
+    return kind, min(128, max(SMALLEST_TILE, power_of_two(rows)))
+
+
+def softmax_key(columns: int) -> int:
+    """How many columns a program should read at a time."""
+    return min(1024, power_of_two(columns))
+
+
+def _scores(rows: int, tokens: int, channels: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_R=rows, BLOCK_N=tokens, BLOCK_K=channels)
+
+
+def _output(rows: int, channels: int, tokens: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_R=rows, BLOCK_W=channels, BLOCK_N=tokens)
+
+
+SCORES = LaunchTable(
+    {
+        ("half", 128): (_scores(128, 128, 64, 8, 3), _scores(64, 64, 32, 4, 2)),
+        ("half", 64): (_scores(64, 128, 64, 4, 3), _scores(64, 64, 32, 4, 2)),
+        ("half", 32): (_scores(32, 128, 64, 4, 3), _scores(32, 64, 32, 4, 2)),
+        ("half", 16): (_scores(16, 128, 64, 4, 3), _scores(16, 64, 32, 4, 2)),
+        ("fp32", 128): (_scores(128, 64, 16, 8, 2), _scores(32, 32, 16, 4, 2)),
+        ("fp32", 64): (_scores(64, 64, 16, 8, 2), _scores(32, 32, 16, 4, 2)),
+        ("fp32", 32): (_scores(32, 64, 16, 4, 2), _scores(32, 32, 16, 4, 2)),
+        ("fp32", 16): (_scores(16, 64, 16, 4, 2), _scores(16, 32, 16, 4, 2)),
+    },
+)
+OUTPUT = LaunchTable(
+    {
+        ("half", 128): (_output(128, 128, 32, 8, 4), _output(64, 64, 32, 4, 2)),
+        ("half", 64): (_output(64, 128, 64, 4, 3), _output(64, 64, 32, 4, 2)),
+        ("half", 32): (_output(32, 128, 64, 4, 3), _output(32, 64, 32, 4, 2)),
+        ("half", 16): (_output(16, 128, 64, 4, 3), _output(16, 64, 32, 4, 2)),
+        ("fp32", 128): (_output(128, 64, 16, 8, 2), _output(32, 32, 16, 4, 2)),
+        ("fp32", 64): (_output(64, 64, 16, 8, 2), _output(32, 32, 16, 4, 2)),
+        ("fp32", 32): (_output(32, 64, 16, 4, 2), _output(32, 32, 16, 4, 2)),
+        ("fp32", 16): (_output(16, 64, 16, 4, 2), _output(16, 32, 16, 4, 2)),
+    }
+)
+SOFTMAX = LaunchTable(
+    {
+        columns: (Config.of(4, 2, BLOCK_R=4096 // columns, BLOCK_N=columns),)
+        for columns in (64, 128, 256, 512, 1024)
+    }
+)

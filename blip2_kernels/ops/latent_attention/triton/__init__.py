@@ -1,0 +1,1 @@
+"""Triton kernels of latent attention, and the operator they are registered as."""

@@ -1,0 +1,1 @@
+"""Instruments that examine Triton kernels where there is no GPU, each with planted faults it must find."""
