@@ -19,8 +19,8 @@ def check_image_index(index: object, samples: int, images: int, device: torch.de
 
     Raises:
         TypeError: not an int32 tensor.
-        ValueError: another shape or device, values outside [0, images), or None where samples and images
-            differ in number.
+        ValueError: another shape or device, values outside [0, images), None where samples and images
+            differ in number, or samples where there is no image.
     """
     if index is None:
         if images != samples:
@@ -31,6 +31,8 @@ def check_image_index(index: object, samples: int, images: int, device: torch.de
     if not isinstance(index, Tensor) or index.dtype != torch.int32:
         raise TypeError(f"image_index: expected {expected}, got {describe(index)}")
     check_tensor("image_index", index, [samples], [torch.int32], device)
+    if samples and not images:
+        raise ValueError(f"image_index: expected int32 [0] where there is no image, got {describe(index)}")
     if _can_look(device, validate) and samples:
         low, high = index.aminmax()
         if low < 0 or high >= images:
@@ -40,7 +42,7 @@ def check_image_index(index: object, samples: int, images: int, device: torch.de
 def check_image_tokens(
     lengths: object, mask: object, images: int, tokens: int, device: torch.device, validate: bool
 ) -> None:
-    """Check `image_lengths`, int32 [images] in [0, tokens], or `image_mask`, 0/1 [images, tokens]; or neither.
+    """Check `image_lengths`, int32 [images] in [0, tokens], or `image_mask`, 0/1 [images, tokens].
 
     Raises:
         TypeError: not a tensor of an admissible dtype.

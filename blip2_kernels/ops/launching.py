@@ -159,30 +159,40 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides of all dimensions but the last; of a dimension of size 1 the one it would have if contiguous.
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the last, tensor by tensor.
 
-    PyTorch may report any stride for such a dimension, and a kernel must not be compiled anew for it.
+    PyTorch may report any stride for a dimension of size 1, and a kernel must not be compiled anew for it:
+    such a dimension gets the stride it would have if the tensor were contiguous.
     """
-    found, contiguous = [], 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        found.append(contiguous if size == 1 else stride)
-        contiguous *= max(size, 1)
-    return tuple(found[:0:-1])
+    found: list[int] = []
+    for tensor in tensors:
+        shape, own = tensor.shape, list(tensor.stride())
+        if 1 in shape:
+            contiguous = 1
+            for i in range(len(shape) - 1, -1, -1):
+                if shape[i] == 1:
+                    own[i] = contiguous
+                contiguous *= max(shape[i], 1)
+        found.extend(own[:-1])
+    return tuple(found)
 
 
 def wide(*tensors: Tensor) -> bool:
     """Whether an offset into one of the tensors, in elements, can pass 2**31: kernels use int64 then."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
-        for t in tensors
-    )
+    for tensor in tensors:
+        reach = 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            reach += (size - 1) * stride
+        if reach >= 2**31:
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------- launching
 
 
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+_compiled: dict[tuple, "_Compiled"] = {}
 _too_large: set[tuple] = set()
 
 
@@ -233,34 +243,44 @@ def launch(
     grid = (*grid, *(1,) * (3 - len(grid)))
     if 0 in grid:
         return
-    named = dict(constants) | dict(config.blocks)
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, args, constants, config)
+    # The kernel and the configuration by identity, which is quicker to hash; the entry keeps both alive.
+    key = (id(kernel), id(config), device, *constants.values(), *[_specialisation(arg) for arg in args])
+    found = _compiled.get(key)
+    if found is not None:
+        found.compiled[grid](*args, *found.constants)
+        return
+    named = {**constants, **dict(config.blocks)}
     options = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # Triton 3.10 changes the default; the results must not change with it.
         "enable_fp_fusion": True,
     }
-    if not hasattr(kernel, "device_caches"):  # interpreted
-        kernel[grid](*args, **named, **options)
-        return
-    device = args[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, args, constants, config)
-    key = (kernel, device, config, *named.values(), *map(_specialisation, args))
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*args, **named, **options)
-        _compiled[key] = compiled, tuple(named[name] for name in kernel.arg_names[len(args) :])
-        return
-    compiled, constant_values = found
-    compiled[grid](*args, *constant_values)
+    compiled = kernel[grid](*args, **named, **options)
+    if hasattr(kernel, "device_caches"):  # it is compiled, not interpreted
+        values = tuple(named[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = _Compiled(compiled, values, kernel, config)
 
 
-def _specialisation(arg: object) -> object:
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A compiled kernel, the values of its constexprs in order, and what it was made of."""
+
+    compiled: Any
+    constants: tuple
+    kernel: Any
+    config: Config
+
+
+def _specialisation(arg: Any) -> Any:
     """What Triton compiles for: dtype and alignment of a pointer, width and divisibility of an int."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
-    return type(arg)
+    kind = type(arg)
+    if kind is int:
+        return arg if arg == 1 else 4 * (arg % 16 == 0) + 8 * (-(2**31) <= arg < 2**31)
+    if kind is float or arg is None:
+        return kind
+    return arg.dtype, arg.data_ptr() % 16

@@ -55,7 +55,7 @@ def keep_tile(bits, COLUMNS: tl.constexpr):
 def rounding_rest(tile, ptr):
     """What is lost when a float32 tile is stored through a pointer: the forward keeps it for the backward.
 
-    rowsum(grad * out) is subtracted from numbers of its own size: where a row sees one key they are equal, and
-    the rounding of out would be all that is left of the difference.
+    rowsum(grad * out) is subtracted from numbers of its own size: where a row sees one key they are equal,
+    and the rounding of out would be all that is left of the difference.
     """
     return tile - tile.to(ptr.dtype.element_ty).to(tl.float32)

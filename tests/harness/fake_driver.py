@@ -13,10 +13,11 @@ A launch is checked against what its kernel was compiled for. Triton's own launc
 that keeps compiled kernels (to launch them faster than Triton does) could hand one the wrong arguments
 unnoticed.
 
-It needs a process in which Triton compiles: see `harness.fresh_process`. One process may drive several
-architectures in turn; what the code under test caches by device must be cleared in between.
+It needs a process in which Triton compiles: see `harness.fresh_process`. One process may drive several GPUs
+in turn; each begins with no kernel loaded, and refuses those that code under test kept from another.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,18 +134,21 @@ def drive(arch: int) -> Iterator[Recorder]:
         driver._active = former
 
 
+_numbers = itertools.count()
+
+
 class _Driver:
-    """What Triton asks of a driver. It takes the architecture for the number of the device: Triton keeps the
-    kernels it compiled by device."""
+    """What Triton asks of a driver. Each has a device of its own, since Triton keeps loaded kernels by device."""
 
     def __init__(self, arch: int, recorder: Recorder) -> None:
+        self.device = next(_numbers)
         self.arch = arch
         self.recorder = recorder
         self.utils = self
         self._loading: Compilation | None = None
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -176,7 +180,7 @@ class _Driver:
         )
         self.recorder.compilations.append(compilation)
         self._loading = compilation
-        return _Launcher(compilation, self.recorder)
+        return _Launcher(compilation, self)
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int
@@ -196,10 +200,12 @@ def _divisible(marks: list) -> bool:
 @dataclass(frozen=True)
 class _Launcher:
     compilation: Compilation
-    recorder: Recorder
+    driver: _Driver
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
         made, metadata = self.compilation, self.compilation.metadata
+        if driver.active is not self.driver:
+            raise StaleKernel(f"{made.name}: loaded on another GPU, of architecture {self.driver.arch}")
         if len(args) != len(made.signature):
             raise StaleKernel(f"{made.name}: expected {len(made.signature)} arguments, got {len(args)}")
         named = dict(zip(made.signature, args, strict=True))
@@ -208,7 +214,7 @@ class _Launcher:
             if reason:
                 raise StaleKernel(f"{made.name}: {name}: compiled for {reason}")
         launch = Launch(made.name, (x, y, z), metadata.num_warps, metadata.shared, named, made)
-        self.recorder.launches.append(launch)
+        self.driver.recorder.launches.append(launch)
 
 
 def _mismatch(made: Compilation, name: str, value: Any) -> str | None:

@@ -74,9 +74,18 @@ def count_tf32_conversions() -> dict[str, int]:
     return found
 
 
+def everything() -> list:
+    return [compile_them_all(), report_a_launch(), count_tf32_conversions()]
+
+
 @pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
-    return {name: Report(**values) for name, values in call(compile_them_all).items()}
+def compiled() -> list:
+    return call(everything)
+
+
+@pytest.fixture
+def reports(compiled) -> dict[str, Report]:
+    return {name: Report(**values) for name, values in compiled[0].items()}
 
 
 @pytest.mark.parametrize(
@@ -124,15 +133,15 @@ def test_registers_of_amd(reports):
     assert made.scalar_registers > 0 == reports["product 80"].scalar_registers
 
 
-def test_a_launch_is_reported_as_it_was_compiled(reports):
-    launched, by_hand = call(report_a_launch)
+def test_a_launch_is_reported_as_it_was_compiled(reports, compiled):
+    launched, by_hand = compiled[1]
     assert launched == by_hand
     assert launched["num_warps"] == 8 and launched["mma"] == reports["product 80"].mma // 2
 
 
-def test_tf32_operands_are_cut_and_not_rounded():
+def test_tf32_operands_are_cut_and_not_rounded(compiled):
     """What `harness.numerics` takes for granted: no instruction rounds them on the way to the tensor core."""
-    found = call(count_tf32_conversions)
+    found = compiled[2]
     assert found["tf32"] == 0 < found["tf32x3"]
 
 
@@ -170,6 +179,7 @@ def takes(registers: int = 32, num_warps: int = 4, shared: int = 0, tensor_memor
         # Registers: 64 x 32 of a partition's 16384 are 8 warps, 32 of a multiprocessor.
         (takes(registers=64), 80, 8),
         (takes(registers=65), 80, 7),  # 72 x 32 are taken: 7 warps, 28 of a multiprocessor
+        (takes(registers=96, num_warps=1), 80, 20),  # 5 warps of each partition; 21 if they were one
         (takes(registers=255, num_warps=8), 90, 1),
         (takes(registers=255, num_warps=16), 90, 0),
         # Warps: 64 or 48 of a multiprocessor.

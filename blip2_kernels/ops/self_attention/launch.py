@@ -5,6 +5,7 @@ sample's length only through its power-of-two bucket, so that a sample's result 
 neighbours' exact lengths.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ ONE_TILE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
 """By the longer side of the larger tile: about a fixed number of scores a thread."""
 
 
+@cache
 def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config:
     """The configuration of the kernels for samples that are one tile: the tile is theirs, not a choice."""
     warps = 4 if dtype == torch.float32 else ONE_TILE_WARPS[max(*joint, *unimodal)]

@@ -131,7 +131,7 @@ def _run_forward(
             tokens,
             heads,
         )
-        numbers = (*_strides(q, k, v), scale * LOG2_E, factor, level, place)
+        numbers = (*launching.strides(q, k, v), scale * LOG2_E, factor, level, place)
         own = {"LSE": need_backward, "CHUNK": launch.CHUNK, "ONE_CHUNK": chunks == 1, "SPLIT": split}
         grid = (programs, chunks if split else 1)
         launching.launch(forward_kernel, grid, (*args, *numbers), constants | own, config)
@@ -170,7 +170,7 @@ def _run_backward(
         grad = grad.contiguous()
     constants = _constants(q, image_index, visible, dropout_key)
     constants["WIDE"] = launching.wide(q, k[:1], v[:1], grad)
-    numbers = (*_strides(q, k, v, grad), scale, scale * LOG2_E, *_dropout(dropout, layer))
+    numbers = (*launching.strides(q, k, v, grad), scale, scale * LOG2_E, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
         from .backward import backward_keys_kernel, backward_rows_kernel
@@ -230,10 +230,6 @@ def _constants(
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(launching.SMALLEST_TILE, launching.power_of_two(head_dim)),
     }
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in launching.strides(tensor))
 
 
 def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:

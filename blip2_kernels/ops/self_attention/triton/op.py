@@ -1,6 +1,7 @@
 """The registered operators of masked self-attention, and the launches behind them."""
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,51 +47,49 @@ class Sizes(NamedTuple):
 
     Attributes:
         samples: S.
-        q_queries, kv_queries: queries a sample.
-        need_backward: 1 if the forward must leave what the backward of several blocks reads.
-        causal: 1 if the joint part's text is causal.
         q_start, kv_start: first row of the joint part's text.
-        q_longest, kv_longest: most rows of it in a sample.
-        unimodal_…: the same of the unimodal text.
+        unimodal_q_start, unimodal_kv_start: the same of the unimodal text.
+        q_queries, kv_queries: queries a sample.
+        q_longest, kv_longest: most rows of the joint part's text in a sample.
+        unimodal_q_longest, unimodal_kv_longest: the same of the unimodal text.
+        causal: 1 if the joint part's text is causal.
+        need_backward: 1 if the forward must leave what the backward of several blocks reads.
     """
 
     samples: int
-    q_queries: int
-    kv_queries: int
-    need_backward: int = 1
-    causal: int = 0
     q_start: int = 0
     kv_start: int = 0
-    q_longest: int = 0
-    kv_longest: int = 0
     unimodal_q_start: int = 0
     unimodal_kv_start: int = 0
+    q_queries: int = 0
+    kv_queries: int = 0
+    q_longest: int = 0
+    kv_longest: int = 0
     unimodal_q_longest: int = 0
     unimodal_kv_longest: int = 0
+    causal: int = 0
+    need_backward: int = 1
 
     def places(self) -> tuple[int, ...]:
         """Queries a sample and first text rows, in the kernels' order."""
-        starts = (self.q_start, self.kv_start, self.unimodal_q_start, self.unimodal_kv_start)
-        return (self.q_queries, self.kv_queries, *starts)
+        return (self.q_queries, self.kv_queries, *self[1:5])
 
-    def has_text(self) -> bool:
-        """Whether the joint part has a text."""
-        return self.kv_longest > 0 or self.q_longest > 0
+    def shape(self) -> "Sizes":
+        """All that a launch depends on but for the grid: the same for many batches."""
+        return Sizes(0, 0, 0, 0, 0, *self[5:])
 
-    def joint_tiles(self) -> launch.Tiles:
-        """The single tile that would hold the joint part of any sample."""
+    def tiles(self) -> tuple[launch.Tiles, launch.Tiles]:
+        """The single tiles that would hold the joint and the unimodal part of any sample."""
         rows = launch.tile_rows(self.q_queries, self.q_longest)
-        return launch.Tiles(rows, launch.tile_rows(self.kv_queries, self.kv_longest))
-
-    def unimodal_tiles(self) -> launch.Tiles:
-        """The single tile that would hold the unimodal text of any sample."""
-        rows = launch.tile_rows(0, self.unimodal_q_longest)
-        return launch.Tiles(rows, launch.tile_rows(0, self.unimodal_kv_longest))
+        keys = launch.tile_rows(self.kv_queries, self.kv_longest)
+        text_rows = launch.tile_rows(0, self.unimodal_q_longest)
+        text_keys = launch.tile_rows(0, self.unimodal_kv_longest)
+        return launch.Tiles(rows, keys), launch.Tiles(text_rows, text_keys)
 
     def one_tile(self, dtype: torch.dtype, head_dim: int) -> bool:
         """Whether every part of every sample is one tile."""
-        limit = launch.one_tile_rows(dtype, head_dim)
-        return max(*self.joint_tiles(), *self.unimodal_tiles()) <= limit
+        joint, unimodal = self.tiles()
+        return max(*joint, *unimodal) <= launch.one_tile_rows(dtype, head_dim)
 
 
 def self_attention_triton(
@@ -150,51 +149,70 @@ _LAYOUT = (
 )
 
 
+class _Plan(NamedTuple):
+    """What a launch needs to know of a shape.
+
+    Attributes:
+        tile: the configuration of the kernels for samples that are one tile, or None where they go by blocks.
+        constants: constexprs of the kernels.
+    """
+
+    tile: launching.Config | None
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: Sizes, dtype: torch.dtype, head_dim: int, dropout: bool, wide: bool, precision: str, backward: bool
+) -> _Plan:
+    one_tile = shape.one_tile(dtype, head_dim)
+    joint = shape.q_queries > 0 or shape.q_longest > 0
+    unimodal = shape.unimodal_q_longest > 0
+    if backward:
+        # Rows that nobody attends to have a gradient too: 0.
+        joint = joint or shape.kv_queries > 0 or shape.kv_longest > 0
+        unimodal = unimodal or shape.unimodal_kv_longest > 0
+    constants = {
+        "JOINT": joint,
+        "TEXT": shape.kv_longest > 0 or shape.q_longest > 0,
+        "CAUSAL": bool(shape.causal),
+        "UNIMODAL": unimodal,
+        "DROPOUT": dropout,
+        "PRECISION": precision,
+        "WIDE": wide,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(launching.SMALLEST_TILE, launching.power_of_two(head_dim)),
+    }
+    if not backward:
+        constants["ONE_TILE"] = one_tile
+    return _Plan(launch.one_tile_config(*shape.tiles(), dtype) if one_tile else None, constants)
+
+
+def _configs(plan: _Plan, table: launching.LaunchTable, q: Tensor) -> tuple[launching.Config, ...]:
+    if plan.tile is not None:
+        return (plan.tile,)
+    return table.configs(launching.architecture(q.device), launch.block_key(q.dtype, q.shape[2]))
+
+
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, key, sizes, scale, dropout, layer = _unflatten(layout_and_options)
     heads, head_dim = q.shape[1:]
-    one_tile = sizes.one_tile(q.dtype, head_dim)
-    constants = _constants(q, rows, sizes, key)
-    constants |= {"JOINT": sizes.q_queries > 0 or sizes.q_longest > 0, "ONE_TILE": one_tile}
-    constants["WIDE"] = launching.wide(q, k, v)
-    constants["UNIMODAL"] = sizes.unimodal_q_longest > 0
+    kind = (q.dtype, head_dim, key is not None, launching.wide(q, k, v), launching.input_precision(q.dtype))
+    plan = _plan(sizes.shape(), *kind, False)
+    numbers = (*sizes.places(), *launching.strides(q, k, v), scale * LOG2_E, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
         from .forward import forward_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        kept = not one_tile and sizes.need_backward
-        lse = torch.empty((q.shape[0], heads) if kept else 0, dtype=torch.float32, device=q.device)
-        rest = torch.empty(
-            q.shape if kept and q.dtype != torch.float32 else 0, dtype=q.dtype, device=q.device
-        )
-        joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"]) if constants["JOINT"] else 0
-        unimodal = _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
-        args = (
-            q,
-            k,
-            v,
-            out,
-            _or_none(rest),
-            _or_none(lse),
-            *rows,
-            key,
-            heads,
-            joint,
-            *sizes.places(),
-            *_strides(q, k, v),
-        )
-        args = (*args, scale * LOG2_E, *_dropout(dropout, layer))
-        launching.launch(forward_kernel, (sizes.samples * heads, joint + unimodal), args, constants, config)
+        rest, lse = _kept(q, sizes, plan.tile is not None)
+        joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
+        blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
+        args = (q, k, v, out, _or_none(rest), _or_none(lse), *rows, key, heads, joint, *numbers)
+        launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, plan.constants, config)
         return out, rest, lse
 
-    architecture = launching.architecture(q.device)
-    configs: tuple[launching.Config, ...]
-    if one_tile:
-        configs = (launch.one_tile_config(sizes.joint_tiles(), sizes.unimodal_tiles(), q.dtype),)
-    else:
-        table = launch.FORWARD
-        configs = table.configs(architecture, launch.block_key(q.dtype, head_dim))
+    configs = _configs(plan, launch.FORWARD, q)
     return launching.first_that_fits("self_attention", q.device, configs, run)
 
 
@@ -212,42 +230,42 @@ def _run_backward(
     heads, head_dim = q.shape[1:]
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    constants = _constants(q, rows, sizes, key)
-    constants["WIDE"] = launching.wide(q, k, v, grad)
-    constants |= {"JOINT": sizes.q_queries + sizes.kv_queries > 0 or sizes.has_text()}
-    constants["UNIMODAL"] = sizes.unimodal_kv_longest > 0
-    numbers = (*sizes.places(), *_strides(q, k, v, grad), scale, scale * LOG2_E, *_dropout(dropout, layer))
+    wide = launching.wide(q, k, v, grad)
+    kind = (q.dtype, head_dim, key is not None, wide, launching.input_precision(q.dtype))
+    plan = _plan(sizes.shape(), *kind, True)
+    numbers = (*sizes.places(), *launching.strides(q, k, v, grad), scale, scale * LOG2_E)
+    numbers = (*numbers, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
         from .backward import backward_keys_kernel, backward_rows_kernel, backward_tile_kernel
 
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        gradients = dq, dk, dv
-        if one_tile:
-            args = (q, k, v, grad, *gradients, *rows, key, heads, *numbers)
-            grid = (sizes.samples * heads, constants["JOINT"] + constants["UNIMODAL"])
-            launching.launch(backward_tile_kernel, grid, args, constants, config)
-            return gradients
+        programs = sizes.samples * heads
+        if plan.tile is not None:
+            args = (q, k, v, grad, dq, dk, dv, *rows, key, heads, *numbers)
+            parts = plan.constants["JOINT"] + plan.constants["UNIMODAL"]
+            launching.launch(backward_tile_kernel, (programs, parts), args, plan.constants, config)
+            return dq, dk, dv
         inputs = (q, k, v, grad, out, _or_none(rest), lse)
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
         args = (*inputs, dq, *rows, key, heads, joint, *numbers)
-        launching.launch(backward_rows_kernel, (sizes.samples * heads, blocks), args, constants, config)
+        launching.launch(backward_rows_kernel, (programs, blocks), args, plan.constants, config)
         joint = _blocks(sizes.kv_queries, sizes.kv_longest, config["BLOCK_N"])
         blocks = joint + _blocks(0, sizes.unimodal_kv_longest, config["BLOCK_N"])
         args = (*inputs, dk, dv, *rows, key, heads, joint, *numbers)
-        launching.launch(backward_keys_kernel, (sizes.samples * heads, blocks), args, constants, config)
-        return gradients
+        launching.launch(backward_keys_kernel, (programs, blocks), args, plan.constants, config)
+        return dq, dk, dv
 
-    one_tile = sizes.one_tile(q.dtype, head_dim)
-    architecture = launching.architecture(q.device)
-    configs: tuple[launching.Config, ...]
-    if one_tile:
-        configs = (launch.one_tile_config(sizes.joint_tiles(), sizes.unimodal_tiles(), q.dtype),)
-    else:
-        table = launch.BACKWARD
-        configs = table.configs(architecture, launch.block_key(q.dtype, head_dim))
+    configs = _configs(plan, launch.BACKWARD, q)
     return launching.first_that_fits("self_attention_backward", q.device, configs, run)
+
+
+def _kept(q: Tensor, sizes: Sizes, one_tile: bool) -> tuple[Tensor, Tensor]:
+    """What the forward of several blocks leaves for the backward: out's rounding rest, log2-sum-exp2."""
+    kept = not one_tile and bool(sizes.need_backward)
+    rest = q.new_empty(q.shape if kept and q.dtype != torch.float32 else 0)
+    return rest, q.new_empty(q.shape[:2] if kept else 0, dtype=torch.float32)
 
 
 def _unflatten(flat: tuple) -> tuple[Rows, Tensor | None, Sizes, float, float, int]:
@@ -255,26 +273,10 @@ def _unflatten(flat: tuple) -> tuple[Rows, Tensor | None, Sizes, float, float, i
     return Rows(*rows), key, Sizes(*sizes), scale, dropout, layer
 
 
-def _constants(q: Tensor, rows: Rows, sizes: Sizes, key: Tensor | None) -> dict[str, Any]:
-    head_dim = q.shape[2]
-    return {
-        "TEXT": sizes.has_text(),
-        "CAUSAL": bool(sizes.causal),
-        "DROPOUT": key is not None,
-        "PRECISION": launching.input_precision(q.dtype),
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(launching.SMALLEST_TILE, launching.power_of_two(head_dim)),
-    }
-
-
 def _blocks(queries: int, longest: int, block: int) -> int:
     """Blocks that the longest sample's rows of a part need."""
     begin = -(-queries // LANES) * LANES if longest else queries
     return -(-(begin + longest) // block)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in launching.strides(tensor))
 
 
 def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:
@@ -289,9 +291,7 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     sizes = Sizes(*flat[9])
-    kept = not sizes.one_tile(q.dtype, q.shape[2]) and sizes.need_backward
-    rest = q.new_empty(q.shape if kept and q.dtype != torch.float32 else 0)
-    return q.new_empty(q.shape), rest, q.new_empty(q.shape[:2] if kept else 0, dtype=torch.float32)
+    return q.new_empty(q.shape), *_kept(q, sizes, sizes.one_tile(q.dtype, q.shape[2]))
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -320,8 +320,8 @@ _forward = define(
     _fake_forward,
 )
 _backward = define(
-    "self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor rest, Tensor lse, "
-    f"{_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    "self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor rest,"
+    f" Tensor lse, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
