@@ -10,6 +10,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+GATHER_FROM = tl.constexpr(256)
+"""Bytes of a tile from which on `keep_tile` gathers them. A broadcast lets the compiler compute Philox again
+for every element, in the layout of the scores: three times the products, and 30 registers more in a tile
+of 64 x 64. Triton 3.6 cannot gather from a tile with fewer elements than a program has threads, 256 at most."""
+
+
 @triton.jit
 def keep_bits(key_ptr, rows, groups, head, place, level):
     """Which of eight neighbouring elements survive, as the bits of a byte: the contract of `ops.philox`.
@@ -46,9 +52,14 @@ def _two_bits(word, limit):
 def keep_tile(bits, COLUMNS: tl.constexpr):
     """Spread bytes [M, COLUMNS // 8] of `keep_bits` to booleans [M, COLUMNS], eight neighbours a byte."""
     ROWS: tl.constexpr = bits.shape[0]
+    GROUPS: tl.constexpr = COLUMNS // 8
     column = tl.arange(0, COLUMNS)
-    group = tl.broadcast_to((column >> 3)[None, :], (ROWS, COLUMNS))
-    return ((tl.gather(bits, group, 1) >> (column & 7)[None, :]) & 1) != 0
+    if ROWS * GROUPS >= GATHER_FROM:
+        group = tl.broadcast_to((column >> 3)[None, :], (ROWS, COLUMNS))
+        spread = tl.gather(bits, group, 1)
+    else:
+        spread = tl.broadcast_to(bits[:, :, None], (ROWS, GROUPS, 8)).reshape(ROWS, COLUMNS)
+    return ((spread >> (column & 7)[None, :]) & 1) != 0
 
 
 @triton.jit

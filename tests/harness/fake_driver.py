@@ -138,7 +138,7 @@ _numbers = itertools.count()
 
 
 class _Driver:
-    """What Triton asks of a driver. Each has a device of its own, since Triton keeps loaded kernels by device."""
+    """What Triton asks of a driver. Each has its own device: Triton keeps loaded kernels by device."""
 
     def __init__(self, arch: int, recorder: Recorder) -> None:
         self.device = next(_numbers)

@@ -192,6 +192,7 @@ def test_how_many_scores_are_held(monkeypatch, backend, bounded, needs_gradient)
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_one_graph_under_compile(backend):
     tensors = draw(dtype=torch.float32)
+    torch._dynamo.reset()
     compiled = torch.compile(image_text_similarity, fullgraph=True, backend="aot_eager")
     for a, b in zip(
         gradients(lambda *t: compiled(*t, backend=backend), tensors),

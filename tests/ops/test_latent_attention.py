@@ -1,4 +1,4 @@
-"""latent_attention: every backend against attention written out, and against the cross-attention it absorbs."""
+"""latent_attention: every backend against attention written out, and the cross-attention it absorbs."""
 
 import random
 
@@ -214,6 +214,7 @@ def test_one_graph_under_compile(backend, visible, index):
         options["image_lengths"] = torch.tensor([7, 3], dtype=torch.int32)
     if visible == "mask":
         options["image_mask"] = torch.rand(2, 7) < 0.5
+    torch._dynamo.reset()
     compiled = torch.compile(latent_attention, fullgraph=True, backend="aot_eager")
     expected = latent_attention(q, features, **options)
     assert max_error(compiled(q, features, **options), expected.double()) < 1e-5
@@ -222,6 +223,7 @@ def test_one_graph_under_compile(backend, visible, index):
 def test_one_shared_image_under_compile():
     q, features = draw(4, 3, 1, dtype=torch.float32)
     options = {"scale": SCALE, "image_index": torch.zeros(4, dtype=torch.int32), "backend": "torch"}
+    torch._dynamo.reset()
     compiled = torch.compile(latent_attention, fullgraph=True, backend="aot_eager")
     expected = latent_attention(q, features, **options)
     assert max_error(compiled(q, features, **options), expected.double()) < 1e-5

@@ -69,13 +69,14 @@ def text_gradient_kernel(
     for start in range(0, images, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         there = b < images
-        index = tl.load(index_ptr + b * texts + t, mask=there, other=0)
+        place = b.to(tl.int64) * texts + t
+        index = tl.load(index_ptr + place, mask=there, other=0)
         there = there & (index >= 0) & (index < QUERIES)
-        grad = tl.load(grad_ptr + b * texts + t, mask=there, other=0.0).to(tl.float32)
-        rows = image_ptr + b * image_stride + index.to(tl.int64) * query_stride
-        image = tl.load(
-            rows[:, None] + e[None, :], mask=there[:, None] & exists[None, :], other=0.0
-        )  # [B, E]
+        grad = tl.load(grad_ptr + place, mask=there, other=0.0).to(tl.float32)
+        rows = (b.to(tl.int64) if WIDE else b) * image_stride
+        rows += (index.to(tl.int64) if WIDE else index) * query_stride
+        mask = there[:, None] & exists[None, :]
+        image = tl.load(image_ptr + rows[:, None] + e[None, :], mask=mask, other=0.0)  # [B, E]
         partial += grad[:, None] * image.to(tl.float32)
     d_text = tl.sum(partial, 0).to(d_text_ptr.dtype.element_ty)
     tl.store(d_text_ptr + t.to(tl.int64) * CHANNELS + e, d_text, mask=exists)

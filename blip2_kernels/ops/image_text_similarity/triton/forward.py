@@ -46,7 +46,8 @@ def forward_kernel(
     index = tl.zeros((BLOCK_T, BLOCK_I), tl.int32)
     for start in range(0, QUERIES, BLOCK_Q):
         q = start + row % BLOCK_Q
-        image_rows = (b.to(tl.int64) if WIDE else b) * image_stride + q * query_stride
+        image_rows = (b.to(tl.int64) if WIDE else b) * image_stride
+        image_rows += (q.to(tl.int64) if WIDE else q) * query_stride
         there = (b < images) & (q < QUERIES)
         scores = tl.zeros((BLOCK_T, BLOCK_I * BLOCK_Q), tl.float32)
         for channel in range(0, channels, BLOCK_E):
