@@ -18,6 +18,11 @@ def error_flag(device: torch.device) -> Tensor:
     return _flags[device]
 
 
+def error_count(device: torch.device) -> Tensor:
+    """The device's flag as a number, int32 [], to be read where something else is read back anyway."""
+    return error_flag(device)[0]
+
+
 def check_device_errors(device: torch.device | str | None = None) -> None:
     """Raise if a kernel met a wrong value since the last check; waits for the device.
 

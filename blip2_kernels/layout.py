@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_binary, check_int, check_tensor
+from .device_errors import error_count, raise_if_set
 
 QUERY_STREAM = 0
 TEXT_STREAM = 1
@@ -401,9 +402,11 @@ def _text_segment(mask: Tensor, padded: bool) -> tuple[TextSegment, Tensor]:
         segment = TextSegment(offsets, lengths, width, samples * width, source.flatten(), width)
         return segment, places.flatten()
     offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    # The one synchronisation of a layout built from a device mask: both sizes in one transfer.
-    sizes = torch.stack([offsets[-1], lengths.max() if samples else offsets[-1]]).tolist()
-    rows, max_length = int(sizes[0]), int(sizes[1])
+    # The one synchronisation of a layout built from a device mask: both sizes in one transfer, and with them
+    # what kernels found wrong so far.
+    sizes = torch.stack([offsets[-1], lengths.max() if samples else offsets[-1], error_count(mask.device)])
+    rows, max_length, errors = map(int, sizes.tolist())
+    raise_if_set(mask.device, errors)
     # A scatter with one spill slot instead of boolean indexing, which would synchronise again.
     destination = torch.where(places < lengths[:, None], offsets[:-1, None].long() + places, rows).flatten()
     packed = torch.empty(2, rows + 1, dtype=torch.int64, device=mask.device)

@@ -12,8 +12,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 GATHER_FROM = tl.constexpr(256)
 """Bytes of a tile from which on `keep_tile` gathers them. A broadcast lets the compiler compute Philox again
-for every element, in the layout of the scores: three times the products, and 30 registers more in a tile
-of 64 x 64. Triton 3.6 cannot gather from a tile with fewer elements than a program has threads, 256 at most."""
+for every element, in the layout of the scores: three times the products, and 30 registers more in a tile of
+64 x 64. Triton 3.6 cannot gather from a tile of fewer elements than a program has threads, 256 at most."""
 
 
 @triton.jit

@@ -9,7 +9,8 @@ from cross_cases import CrossCase, draw_case, run
 from harness import interpreter, numerics
 from tolerances import assert_yardstick
 
-from blip2_kernels.device_errors import check_device_errors
+from blip2_kernels.device_errors import check_device_errors, error_flag
+from blip2_kernels.layout import TokenLayout
 from blip2_kernels.ops import cross_attention, launching
 from blip2_kernels.ops.cross_attention.triton import op
 
@@ -251,6 +252,15 @@ def test_an_index_out_of_range_is_never_followed_and_raises_at_the_next_check():
     with pytest.raises(IndexError, match=r"image_index: expected values in .* got 2 others"):
         check_device_errors("cpu")
     check_device_errors()
+
+
+def test_a_layout_s_synchronisation_reports_a_wrong_index_too():
+    flag = error_flag(torch.device("cpu"))
+    flag.fill_(3)
+    with pytest.raises(IndexError, match="got 3 others in an earlier call on cpu"):
+        TokenLayout.from_attention_masks(2, [torch.ones(2, 3)])
+    assert flag.item() == 0
+    TokenLayout.from_attention_masks(2, [torch.ones(2, 3)])
 
 
 @pytest.mark.parametrize("memory", ["packed", "plain", "offset"])

@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from cross_cases import CrossCase
 from harness import fake_driver
 from harness.fresh_process import call
-from self_cases import B, C, SelfCase, U
+from self_cases import C, SelfCase, U
 
 from blip2_kernels.mask import AttentionMask
 from blip2_kernels.ops import launching
@@ -133,9 +133,9 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def oversized(tensor: torch.Tensor) -> torch.Tensor:
     """The same shape, with a first stride that passes 32 bits; its memory is never touched."""
-    stride = PAST_32_BITS // max(tensor.shape[0] - 1, 1)
+    stride = -(-PAST_32_BITS // (tensor.shape[0] - 1) // 16) * 16
     inner = tensor[0].contiguous().stride()
-    buffer = torch.empty(PAST_32_BITS + 2 * tensor[0].numel(), dtype=tensor.dtype)
+    buffer = torch.empty(stride * tensor.shape[0], dtype=tensor.dtype)
     return buffer.as_strided(tensor.shape, (stride, *inner))
 
 
@@ -249,10 +249,14 @@ def drive_cases(arch: int, kind: str, names: list[str]) -> dict[str, dict]:
 
 
 def drive_pointers(arch: int) -> dict[str, dict]:
-    """What misaligned and oversized tensors, and rows past 32 bits, make of kernels that are there already."""
+    """What misaligned and oversized tensors, and rows past 32 bits, make of kernels that are there."""
     starts = {name: PAST_32_BITS + 1 for name in self_op.Sizes._fields if name.endswith("_start")}
     calls = {
-        "self": (run_self, SELF["dropout"], {"misaligned": {"change": misaligned}, "starts": {"places": starts}}),
+        "self": (
+            run_self,
+            SELF["dropout"],
+            {"misaligned": {"change": misaligned}, "starts": {"places": starts}},
+        ),
         "cross": (run_cross, CROSS["grouped"], {"misaligned": {"change": misaligned}}),
     }
     found = {}
@@ -283,7 +287,7 @@ def drive_pointers(arch: int) -> dict[str, dict]:
 
 
 def drive_too_large() -> dict[str, dict]:
-    """On a GPU with little shared memory: a configuration too large for it before one that fits, then alone."""
+    """On a GPU with little shared memory: a configuration too large for it before one that fits; then two."""
     large = launching.Config.of(8, 4, BLOCK_M=128, BLOCK_N=128, TEXT_M=128, TEXT_N=128)
     small = launching.Config.of(4, 1, BLOCK_M=32, BLOCK_N=32, TEXT_M=32, TEXT_N=32)
     larger = replace(large, num_stages=5)
@@ -345,7 +349,10 @@ def drive_faults(arch: int) -> dict[str, list[Counts]]:
         launching.launch(toys.copy, (2,), args, {"BLOCK": length}, config)
 
     found = {}
-    for name, run, lengths in (("specialised", specialised, (100, 112, 1)), ("constant", constant, (64, 128))):
+    for name, run, lengths in (
+        ("specialised", specialised, (100, 112, 1)),
+        ("constant", constant, (64, 128)),
+    ):
         with gpu(arch) as device:
             found[name] = [device.counts(run, length)._asdict() for length in lengths]
             found[f"{name}, again"] = [device.counts(run, lengths[0])._asdict()]
@@ -361,21 +368,30 @@ def check_cases(found: dict[str, dict]) -> None:
     for name, counts in found.items():
         first = counts["first"]
         assert first["compiled"] and len(first["launched"]) >= 2, name
-        # Every kernel is compiled once for its first call, and bound once.
-        assert first["bound"] == len(first["launched"]) == len(first["compiled"]), name
+        # What is compiled is bound once. Forward and backward may group the samples by the same kernel.
+        assert first["bound"] == len(first["compiled"]), name
+        assert set(first["compiled"]) == set(first["launched"]), name
         for what, made in counts.items():
             if what == "first":
                 continue
             assert made["compiled"] == [], f"{name}: recompiled for {what}: {made['compiled']}"
             assert made["launched"], f"{name}: {what} launched nothing"
+        assert counts["again"]["launched"] == first["launched"], name
+
+
+def check_bindings(found: dict[str, dict]) -> None:
+    """A call like an earlier one must not go through Triton's own launch."""
+    for name, counts in found.items():
+        for what, made in counts.items():
             if what.endswith("again"):
                 assert made["bound"] == 0, f"{name}: {what} went through Triton's binder"
-        assert counts["again"]["launched"] == first["launched"], name
 
 
 @pytest.mark.parametrize(("kind", "names"), QUICK, ids=[kind for kind, _ in QUICK])
 def test_nothing_is_compiled_again_for_another_batch(kind, names):
-    check_cases(call(drive_cases, 90, kind, names))
+    found = call(drive_cases, 90, kind, names)
+    check_cases(found)
+    check_bindings(found)
 
 
 @pytest.mark.slow
@@ -384,6 +400,7 @@ def test_nothing_is_compiled_again_for_another_batch_in_any_specialisation(kind)
     assert len(SELF) + len(CROSS) + len(SPLIT) >= 30
     found = call(drive_cases, 90, kind, list({"self": SELF, "cross": CROSS}[kind]))
     check_cases(found)
+    check_bindings(found)
     # The cases differ in what is compiled, so each is a specialisation of its own.
     if kind == "self":
         assert "backward_rows_kernel" in found["blocks"]["first"]["launched"]
@@ -395,11 +412,21 @@ def test_nothing_is_compiled_again_for_another_batch_in_any_specialisation(kind)
         assert "merge_kernel" not in found["chunks"]["first"]["launched"]
 
 
+@pytest.fixture(scope="module")
+def split() -> dict[str, dict]:
+    return call(drive_cases, 90, "cross", list(SPLIT))
+
+
 @pytest.mark.slow
-def test_nothing_is_compiled_again_for_split_chunks():
-    found = call(drive_cases, 90, "cross", list(SPLIT))
-    assert all("merge_kernel" in counts["first"]["launched"] for counts in found.values())
-    check_cases(found)
+def test_nothing_is_compiled_again_for_split_chunks(split):
+    assert all("merge_kernel" in counts["first"]["launched"] for counts in split.values())
+    check_cases(split)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="merge_kernel gets a new Config object, so a new key, at each launch")
+def test_split_chunks_are_launched_quickly(split):
+    check_bindings(split)
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +466,9 @@ def test_a_configuration_too_large_for_the_gpu_gives_way_then_is_named():
         # What did not fit once is not tried again.
         assert found["again"]["compiled"] == [] and found["again"]["bound"] == 0, name
         assert found["rows"] == [32, 32], name
-        assert all(f"({config}): out of resource: shared memory" in found["said"] for config in found["configs"])
+        assert all(
+            f"({config}): out of resource: shared memory" in found["said"] for config in found["configs"]
+        )
 
 
 def test_a_planted_size_among_what_is_compiled_is_seen():
@@ -448,7 +477,9 @@ def test_a_planted_size_among_what_is_compiled_is_seen():
     assert [len(made["compiled"]) for made in found["constant"]] == [1, 1]
     for name in ("specialised", "constant"):
         report = {"first": found[name][0] | {"launched": ["copy"] * 2, "bound": 2, "compiled": ["copy"] * 2}}
-        report |= {"again": report["first"] | {"bound": 0, "compiled": []}, "other batch": found[name][1]}
+        report |= {"again": report["first"] | {"compiled": []}, "other batch": found[name][1]}
+        with pytest.raises(AssertionError, match="again went through Triton's binder"):
+            check_bindings({name: report})
         with pytest.raises(AssertionError, match="recompiled for other batch"):
             check_cases({name: report})
         assert found[f"{name}, again"][0]["bound"] == 0

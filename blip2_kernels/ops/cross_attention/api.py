@@ -5,10 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...checks import check_binary, check_tensor, describe
-from ...layout import MASK_DTYPES, padded_row_keys
+from ...checks import check_tensor
+from ...layout import padded_row_keys
 from ..backends import choose_backend
 from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
+from ..image_arguments import check_image_index, check_image_tokens, visible_tokens
 from . import sdpa
 from .reference import cross_attention_reference
 from .triton import op as triton_op
@@ -61,8 +62,8 @@ def cross_attention(
     check_projections(q, k, v, ["S", "Q"], ["images", "tokens"])
     samples, queries = q.shape[:2]
     images, tokens = k.shape[:2]
-    _check_image_index(image_index, samples, images, q.device, validate)
-    visible = _visible(image_lengths, image_mask, images, tokens, q.device, validate)
+    check_image_index(image_index, samples, images, q.device, validate)
+    check_image_tokens(image_lengths, image_mask, images, tokens, q.device, validate)
     if row_keys is not None:
         check_tensor("row_keys", row_keys, [samples, queries], [torch.int32], q.device)
     check_dropout(dropout, dropout_key, layer)
@@ -73,57 +74,14 @@ def cross_attention(
         "reference": lambda: None,
     }
     chosen = choose_backend(backend, candidates)
-    if chosen == "torch":
-        with no_autocast(q.device):
-            return sdpa.cross_attention_sdpa(q, k, v, image_index, visible, scale=scale)
     if row_keys is None and dropout > 0:
         row_keys = padded_row_keys(samples, queries, device=q.device)
     options = {"dropout": dropout, "dropout_key": dropout_key, "layer": layer, "scale": scale}
-    if chosen == "triton":
-        seen = (image_lengths, image_mask)
-        with no_autocast(q.device):
-            return triton_op.cross_attention_triton(q, k, v, image_index, *seen, row_keys, **options)
-    if image_index is None:
-        image_index = torch.arange(samples, dtype=torch.int32, device=q.device)
     with no_autocast(q.device):
+        if chosen == "triton":
+            seen = (image_lengths, image_mask)
+            return triton_op.cross_attention_triton(q, k, v, image_index, *seen, row_keys, **options)
+        visible = visible_tokens(image_lengths, image_mask, tokens)
+        if chosen == "torch":
+            return sdpa.cross_attention_sdpa(q, k, v, image_index, visible, scale=scale)
         return cross_attention_reference(q, k, v, image_index, visible, row_keys, **options)
-
-
-def _check_image_index(
-    index: object, samples: int, images: int, device: torch.device, validate: bool
-) -> None:
-    if index is None:
-        if images != samples:
-            expected = f"int32 [{samples}] where {samples} samples meet {images} images"
-            raise ValueError(f"image_index: expected {expected}, got None")
-        return
-    expected = f"int32 [{samples}] with values in [0, {images})"
-    if not isinstance(index, Tensor) or index.dtype != torch.int32:
-        raise TypeError(f"image_index: expected {expected}, got {describe(index)}")
-    check_tensor("image_index", index, [samples], [torch.int32], device)
-    if (validate or index.device.type == "cpu") and samples:
-        low, high = index.aminmax()
-        if low < 0 or high >= images:
-            raise ValueError(f"image_index: expected {expected}, got values in [{low}, {high}]")
-
-
-def _visible(
-    lengths: object, mask: object, images: int, tokens: int, device: torch.device, validate: bool
-) -> Tensor | None:
-    """The image tokens that may be attended to, bool [images, tokens], or None for all."""
-    if lengths is not None and mask is not None:
-        raise ValueError("image_mask: expected None beside image_lengths, got both")
-    if mask is not None:
-        checked = check_tensor("image_mask", mask, [images, tokens], MASK_DTYPES, device)
-        check_binary("image_mask", checked, force=validate)
-        return checked != 0
-    if lengths is None:
-        return None
-    checked = check_tensor("image_lengths", lengths, [images], [torch.int32], device)
-    if (validate or checked.device.type == "cpu") and images:
-        low, high = checked.aminmax()
-        if low < 0 or high > tokens:
-            raise ValueError(
-                f"image_lengths: expected values in [0, {tokens}], got values in [{low}, {high}]"
-            )
-    return torch.arange(tokens, device=device) < checked[:, None]

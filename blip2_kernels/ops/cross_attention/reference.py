@@ -11,17 +11,19 @@ def cross_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    image_index: Tensor,
+    image_index: Tensor | None,
     visible: Tensor | None,
-    row_keys: Tensor,
+    row_keys: Tensor | None,
     *,
     dropout: float,
     dropout_key: Tensor | None,
     layer: int,
     scale: float,
 ) -> Tensor:
-    """See `cross_attention`; `visible` is bool [images, tokens] or None, `image_index` int32 [S]."""
-    index = image_index.long()
+    """See `cross_attention`; `visible` is bool [images, tokens] or None for all, `row_keys` needed where
+    dropout > 0.
+    """
+    index = torch.arange(len(q), device=q.device) if image_index is None else image_index.long()
     if visible is None:
         allowed = torch.ones((), dtype=torch.bool, device=q.device)
     else:
