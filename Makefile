@@ -23,7 +23,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -
 SOURCES = pyproject.toml setup.py requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick bench lint format clean FORCE
+.PHONY: help demo test test-quick test-kernels mutants bench lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,9 @@ help:
 	@echo "                 on 2 cores; make demo ARGS=--quick is a short version)"
 	@echo "make test        every test, on the CPU and on a GPU where torch sees one"
 	@echo "make test-quick  the tests that take seconds"
+	@echo "make test-kernels  2,000 random cases of each attention kernel, in Triton's interpreter where there is"
+	@echo "                 no GPU (about half an hour), and every configuration against its compile budget"
+	@echo "make mutants     plant small faults in the kernels, one by one, and see the tests catch them"
 	@echo "make bench       time the attention backends against each other, after checking that they agree"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
@@ -48,6 +51,15 @@ test: $(VENV)/.installed-dev
 test-quick: $(VENV)/.installed-dev
 	@echo "== test-quick: without the tests marked slow, $(JOBS) processes"
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-kernels: $(VENV)/.installed-dev
+	@echo "== test-kernels: random cases in $(JOBS) processes, then the compile budget"
+	@$(PYTEST) tests/kernels -k "random_cases" --kernel-cases=2000 $(ARGS)
+	@$(BIN)/python tests/kernels/budget.py
+
+mutants: $(VENV)/.installed-dev
+	@echo "== mutants: planted faults in the kernels"
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutants.py $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	@echo "== bench: attention backends; a wrong result fails and is not timed"

@@ -18,6 +18,7 @@ class CrossCase:
         samples, images, tokens, num_queries, heads, head_dim, dtype, dropout, scale: as they say.
         visible: "every" token, some "lengths" or a random "mask".
         memory: "packed" keys and values of one projection, "plain" tensors, or an "offset" into larger ones.
+        device: where it runs.
     """
 
     index: tuple[int, ...] | None = None
@@ -32,6 +33,7 @@ class CrossCase:
     scale: float | None = None
     visible: str = "every"
     memory: str = "packed"
+    device: str = "cpu"
 
     def tensors(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v in this case's dtype and memory."""
@@ -46,7 +48,7 @@ class CrossCase:
         k, v = fused.unbind(2)
         if self.memory == "plain":
             k, v = k.contiguous(), v.contiguous()
-        return q, k, v
+        return q.to(self.device), k.to(self.device), v.to(self.device)
 
     def options(self) -> dict:
         """What goes with q, k and v."""
@@ -61,7 +63,7 @@ class CrossCase:
             options["image_lengths"] = lengths.int()
         if self.visible == "mask":
             options["image_mask"] = torch.rand(self.images, self.tokens, generator=generator) < 0.6
-        return options
+        return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in options.items()}
 
 
 def run(case: CrossCase, tensors: tuple[Tensor, ...], backend: str, dtype=None, **changed) -> list[Tensor]:
@@ -72,7 +74,7 @@ def run(case: CrossCase, tensors: tuple[Tensor, ...], backend: str, dtype=None, 
         *out.shape[::-1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     ).permute(3, 2, 1, 0)
     # Rounded once, so that every dtype is asked for the same gradient.
-    weight = weight.to(case.dtype).to(out.dtype)
+    weight = weight.to(case.device, case.dtype).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 

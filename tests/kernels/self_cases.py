@@ -27,6 +27,7 @@ class SelfCase:
         select: the query side keeps "all" rows, or of each text the "first" or "last" or "none".
         queries_attend: the query side keeps the queries.
         memory: "packed" views of one projection, "plain" tensors, or an "offset" into larger ones.
+        device: where it runs.
     """
 
     modes: tuple[MaskMode, ...] = (B,)
@@ -42,6 +43,7 @@ class SelfCase:
     dropout: float = 0.0
     memory: str = "packed"
     scale: float | None = None
+    device: str = "cpu"
 
     @property
     def samples(self) -> int:
@@ -52,10 +54,10 @@ class SelfCase:
         place = torch.arange(self.width)
         masks = [place < torch.tensor(counts)[:, None] for counts in self.lengths]
         kv = TokenLayout.from_attention_masks(
-            self.num_queries, masks, samples=self.samples, padded=self.padded
+            self.num_queries, masks, samples=self.samples, padded=self.padded, device=self.device
         )
         if self.select == "all" and self.queries_attend:
-            return kv, kv, torch.arange(kv.rows)
+            return kv, kv, torch.arange(kv.rows, device=self.device)
         q, rows = kv.select(queries=self.queries_attend, texts=[self.select] * len(masks))
         return q, kv, rows
 
@@ -63,7 +65,7 @@ class SelfCase:
         """q, k and v in this case's dtype and memory."""
         q_layout, kv_layout, rows = self.layouts()
         fused = torch.randn(kv_layout.rows, 3, self.heads, self.head_dim, generator=generator)
-        fused = fused.to(self.dtype)
+        fused = fused.to(self.device, self.dtype)
         if self.memory == "offset":
             fused = torch.cat([fused.new_zeros(1, *fused.shape[1:]), fused])[1:]
         q, k, v = fused.unbind(1)
@@ -76,7 +78,7 @@ def run(case: SelfCase, tensors: tuple[Tensor, ...], backend: str, dtype=None) -
     """Output and gradients; `dtype` computes in another one."""
     q_layout, kv_layout, _ = case.layouts()
     leaves = [t.detach().to(dtype or case.dtype).requires_grad_() for t in tensors]
-    key = torch.tensor(-8_413_662_914_573_002_811) if case.dropout else None
+    key = torch.tensor(-8_413_662_914_573_002_811, device=case.device) if case.dropout else None
     out = self_attention(
         *leaves,
         q_layout,
@@ -92,7 +94,7 @@ def run(case: SelfCase, tensors: tuple[Tensor, ...], backend: str, dtype=None) -
         *out.shape[::-1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     ).permute(2, 1, 0)
     # Rounded once, so that every dtype is asked for the same gradient.
-    weight = weight.to(case.dtype).to(out.dtype)
+    weight = weight.to(case.device, case.dtype).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 
