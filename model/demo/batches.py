@@ -41,20 +41,13 @@ class TwinBatches:
     """Batches of indices in which scenes of the same two things meet: the contrast has to tell them apart by
     the relation alone, and draws them as hard negatives for matching.
 
-    From the second epoch on, scenes that share one thing follow one another too ("a lock left of a rose", "a
-    lock left of a football"): the order of two things has been found by then, and these are what is confused
-    with one another on held-out scenes. In the first epoch they would keep the contrast from finding it.
-
     Args:
         groups: of each scene, as `Splits.twins`.
-        nouns: of each scene, as `Scene.nouns`.
         batch_size: scenes a batch; the rest of an epoch is dropped.
         seed: decides the order together with the epoch.
     """
 
-    def __init__(
-        self, groups: Sequence[int], nouns: Sequence[tuple[str, ...]], batch_size: int, seed: int = 0
-    ) -> None:
+    def __init__(self, groups: Sequence[int], batch_size: int, seed: int = 0) -> None:
         if not 1 <= batch_size <= len(groups):
             raise ValueError(
                 f"batch_size: expected 1 to {len(groups)} (the scenes there are), got {batch_size}"
@@ -64,7 +57,6 @@ class TwinBatches:
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
         self.groups = list(members.values())
-        self.nouns = [sorted(set(nouns[group[0]])) for group in self.groups]
         self.total = len(groups)
 
     def set_epoch(self, epoch: int) -> None:
@@ -75,31 +67,9 @@ class TwinBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = random.Random(f"{self.seed} {self.epoch}")
-        groups = rng.sample(range(len(self.groups)), len(self.groups))
-        if self.epoch:
-            groups = self._walk(groups, rng)
-        order = [index for group in groups for index in self.groups[group]]
+        order = [index for group in rng.sample(self.groups, len(self.groups)) for index in group]
         for batch in range(len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def _walk(self, groups: list[int], rng: random.Random) -> list[int]:
-        """The groups in an order in which, where possible, each shares a thing with the one before."""
-        left = dict.fromkeys(groups)
-        of_noun: dict[str, list[int]] = {}
-        for group in groups:
-            for noun in self.nouns[group]:
-                of_noun.setdefault(noun, []).append(group)
-        walk: list[int] = []
-        while left:
-            related = rng.sample(self.nouns[walk[-1]], len(self.nouns[walk[-1]])) if walk else []
-            # Each list is used up from its end, so that the whole walk takes linear time.
-            for candidates in (of_noun[noun] for noun in related):
-                while candidates and candidates[-1] not in left:
-                    candidates.pop()
-            following = next((of_noun[noun].pop() for noun in related if of_noun[noun]), next(iter(left)))
-            del left[following]
-            walk.append(following)
-        return walk
 
 
 def tell(scene: Scene, rng: Any = random) -> str:

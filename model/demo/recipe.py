@@ -54,8 +54,8 @@ class Recipe:
     stage1_batch_size: int = 32
     stage2_batch_size: int = 32
     stage1_learning_rate: float = 2e-4
-    stage2_learning_rate: float = 5e-4
-    stage2_qformer_rate: float = 0.8
+    stage2_learning_rate: float = 1e-3
+    stage2_qformer_rate: float = 0.1
     encode_batch_size: int = 32
 
 
@@ -144,7 +144,7 @@ def train_stage1(
         model,
         dataset,
         collate=collate,
-        batch_sampler=TwinBatches(twins, [scene.nouns for scene in scenes], recipe.stage1_batch_size, seed),
+        batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed),
         max_steps=recipe.stage1_steps,
         learning_rate=recipe.stage1_learning_rate,
         warmup_steps=recipe.stage1_warmup_steps,
