@@ -2,15 +2,14 @@
 
     python tests/kernels/mutants.py [--list] [--only PART_OF_A_NAME]
 
-A copy of the package and its tests gets the faults of `planted_faults.py`; this checkout stays as it is. A fault
-counts as found where a test fails: first those of FAST are run, then the whole test file. Whatever else goes wrong
+A copy of the package and its tests gets the faults of `planted_faults.py`; this checkout stays as it is. A
+fault counts as found where a test fails: first those of FAST are run, then the whole test file. Anything else
 (a test that fails without a fault, a fault whose text is gone, a run that takes too long) is an error.
 
 Exit status: 0; 1 where fewer than 95 % are found, or one that is not is missing from EXPLAINED.
 """
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,10 @@ from pathlib import Path
 from planted_faults import EXPLAINED, MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from processes import clean_environment  # noqa: E402
+
 SHARE = 0.95
 """Of the faults, to be found at least."""
 
@@ -36,7 +39,8 @@ FAST = (
 )
 """The tests, by parts of their names, that find most faults in the least time."""
 
-PYTEST = "-x -q --tb=short -p no:benchmark -p no:cacheprovider -p only_the_copy --kernel-cases=12".split()
+PYTEST = ("-x", "-q", "--tb=no", "--kernel-cases=12")
+PLUGINS = ("-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "only_the_copy")
 
 PLUGIN = '''
 """Every module of the package must come from beside this file, not from an installation."""
@@ -104,15 +108,15 @@ class Checkout:
         print(f"       {test} passes without a fault ({run.seconds:.0f} s)", flush=True)
 
     def _pytest(self, test: str, selection: str) -> Run:
-        command = [sys.executable, "-m", "pytest", f"tests/kernels/{test}", *PYTEST]
+        command = [sys.executable, "-m", "pytest", f"tests/kernels/{test}", *PYTEST, *PLUGINS]
         command += ["-k", selection] if selection else []
         # No bytecode: it is looked up by a file's size and time of change, and a fault may leave both.
-        own = {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        own = {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "250"}
         begin = time.monotonic()
         try:
+            env = clean_environment(**own)
             done = subprocess.run(
-                command, cwd=self.folder, env=kept | own, capture_output=True, text=True, timeout=LIMIT
+                command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=LIMIT
             )
         except subprocess.TimeoutExpired:
             raise SystemExit(f"{test}: more than {LIMIT} s") from None

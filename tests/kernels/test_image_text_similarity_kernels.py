@@ -1,14 +1,16 @@
 """The Triton kernels of image_text_similarity against the reference, in the interpreter."""
 
 import random
+from contextlib import ExitStack
 
 import pytest
 import torch
 from harness import interpreter
+from harness.fresh_process import call
 from tolerances import assert_yardstick, max_error
 
-from blip2_kernels.ops import launching
-from blip2_kernels.ops.image_text_similarity.api import image_text_similarity
+from blip2_kernels.ops import image_text_similarity, launching
+from blip2_kernels.ops.image_text_similarity import launch as launch_tables
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = DTYPES[1:]
@@ -193,14 +195,21 @@ def test_each_side_gets_its_gradient_only_when_it_wants_one(wanted, launches):
     assert (image.grad is not None, text.grad is not None) == wanted
 
 
-def test_without_gradients_no_index_is_kept(launches):
+def test_without_gradients_no_index_is_kept(monkeypatch):
     image, text = draw(3, 4, 5, 8)
+    kept, launch = [], launching.launch
+
+    def watch(kernel, grid, args, constants, config):
+        kept.append((constants["KEEP_INDEX"], args[3].numel()))
+        launch(kernel, grid, args, constants, config)
+
+    monkeypatch.setattr(launching, "launch", watch)
+    plain = image_text_similarity(image, text, backend="triton")
+    image.requires_grad_()
     with torch.no_grad():
-        out = image_text_similarity(image.requires_grad_(), text, backend="triton")
-    assert not out.requires_grad and len(launches) == 1
-    out, index = torch.ops.blip2_kernels.image_text_similarity(image.detach(), text, False)
-    assert index.shape == (0,)
-    assert torch.equal(out, torch.ops.blip2_kernels.image_text_similarity(image.detach(), text, True)[0])
+        assert torch.equal(image_text_similarity(image, text, backend="triton"), plain)
+    assert torch.equal(image_text_similarity(image, text, backend="triton"), plain)
+    assert kept == [(False, 0), (False, 0), (True, 12)]
 
 
 def test_a_forward_that_kept_no_index_has_no_backward():
@@ -321,3 +330,77 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(monkeypatch):
     limit = 0
     with pytest.raises(RuntimeError, match="image_text_similarity: expected a launch configuration"):
         run(tensors)
+
+
+# ------------------------------------------------------------------------------------------ compiled kernels
+
+
+def drive(arch, batches, dtype, choice=None):
+    """Forward and backward on a GPU that is not there, with BLIP-2's sizes; what was compiled and launched.
+
+    Args:
+        batches: of images and texts.
+        choice: which configuration of each table; None for the first that fits.
+    """
+    from harness import fake_driver
+
+    from blip2_kernels.ops.image_text_similarity.triton import op
+
+    queries, channels = 32, 256
+    tables = {
+        launch_tables.FORWARD: launch_tables.forward_key(dtype, queries),
+        launch_tables.IMAGE_GRADIENT: launch_tables.image_gradient_key(dtype, queries, channels),
+        launch_tables.TEXT_GRADIENT: launch_tables.text_gradient_key(channels),
+    }
+    with fake_driver.drive(arch) as recorder, pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(launching, "architecture", lambda device: arch)
+        patch.setattr(launching, "_compiled", {})
+        patch.setattr(launching, "_too_large", set())
+        for table, key in tables.items() if choice is not None else ():
+            configs = table.configs(arch, key)
+            stack.enter_context(table.overridden(configs[min(choice, len(configs) - 1)]))
+        for images, texts in batches:
+            image = torch.empty(images, queries, channels, dtype=dtype)
+            text = torch.empty(texts, channels, dtype=dtype)
+            out, index = op._run_forward(image, text, True)
+            op._run_image_backward(out, text, index, queries)
+            op._run_text_backward(out, image, index)
+    return recorder
+
+
+def figures_of_every_configuration(arch):
+    """[dtype, kernel, bytes of stack, tensor-core instructions] of each."""
+    from harness.compile_report import report
+
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for choice in (0, 1):
+            for made in drive(arch, [(128, 1024)], dtype, choice).compilations:
+                figures = report(made)
+                found.append([str(dtype), figures.kernel, figures.stack_bytes, figures.tensor_core])
+    return found
+
+
+def kernels_of_several_batches(arch):
+    """The names of what is compiled, and of what is launched."""
+    batches = [(64, 256), (1, 1), (16, 33), (7, 16), (32, 1), (1, 48)]
+    recorder = drive(arch, batches, torch.bfloat16)
+    return [made.name for made in recorder.compilations], [launch.kernel for launch in recorder.launches]
+
+
+@pytest.mark.compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_configuration_fits_and_does_not_spill(arch):
+    figures = call(figures_of_every_configuration, arch)
+    assert len(figures) == 2 * 2 * 3
+    for dtype, kernel, stack, tensor_core in figures:
+        assert stack == 0, (dtype, kernel)
+        assert tensor_core or dtype == "torch.float32" or kernel == "text_gradient_kernel", (dtype, kernel)
+
+
+@pytest.mark.compiles
+def test_no_other_batch_compiles_a_kernel_anew():
+    compiled, launched = call(kernels_of_several_batches, 90)
+    assert sorted(compiled) == ["forward_kernel", "image_gradient_kernel", "text_gradient_kernel"]
+    assert len(launched) == 18

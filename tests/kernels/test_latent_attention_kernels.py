@@ -1,16 +1,17 @@
 """The Triton kernels of latent_attention against the reference, in the interpreter."""
 
 import random
+from contextlib import ExitStack
 
 import pytest
 import torch
 from harness import interpreter
+from harness.fresh_process import call
 from tolerances import assert_yardstick, max_error
 
 from blip2_kernels import device_errors
-from blip2_kernels.ops import launching
+from blip2_kernels.ops import latent_attention, launching
 from blip2_kernels.ops.latent_attention import launch
-from blip2_kernels.ops.latent_attention.api import latent_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -135,6 +136,17 @@ def test_poison_in_hidden_tokens_changes_no_bit(dtype, visible, poison):
     features[~seen] = poison
     dirty = run((q, features), **options)
     assert torch.equal(clean, dirty) and torch.isfinite(clean).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_not_rounded_to_half_precision(dtype):
+    """Scores 1 and 1 + 2^-9 are the same bf16 number; with a large scale one weighs e times the other."""
+    step = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
+    q = torch.tensor([[[1.0, 1.0]]], dtype=dtype)
+    features = torch.tensor([[[1.0, 0.0], [1.0, step]]], dtype=dtype)
+    out = run((q, features), scale=1 / step)
+    weight = torch.tensor(1.0).sigmoid().item()
+    assert abs(out[0, 0, 1].item() / step - weight) < 1e-2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -316,3 +328,73 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(monkeypatch):
     limit = 1
     with pytest.raises(RuntimeError, match=r"latent_attention \(scores\): expected a launch configuration"):
         run(tensors)
+
+
+# ------------------------------------------------------------------------------------------ compiled kernels
+
+
+def drive(arch, batches, dtype, rows=384, choice=None):
+    """Launches on a GPU that is not there, of 1408 channels; what was compiled and launched.
+
+    Args:
+        batches: of samples, images and tokens.
+        choice: which configuration of each table; None for the first that fits.
+    """
+    from harness import fake_driver
+
+    from blip2_kernels.ops.latent_attention.triton import op
+
+    tables = (launch.SCORES, launch.OUTPUT)
+    with fake_driver.drive(arch) as recorder, pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(launching, "architecture", lambda device: arch)
+        patch.setattr(launching, "_compiled", {})
+        patch.setattr(launching, "_too_large", set())
+        for table in tables if choice is not None else ():
+            stack.enter_context(table.overridden(table.configs(arch, launch.key(dtype, rows))[choice]))
+        for samples, images, tokens in batches:
+            q = torch.empty(samples, rows, 1408, dtype=dtype)
+            features = torch.empty(images, tokens, 1408, dtype=dtype)
+            index, mask = (
+                torch.empty(samples, dtype=torch.int32),
+                torch.empty(images, tokens, dtype=torch.uint8),
+            )
+            op._run(q, features, index, mask, 0.125)
+    return recorder
+
+
+def figures_of_some_configurations(arch):
+    """[dtype, kernel, bytes of stack, tensor-core instructions] of each."""
+    from harness.compile_report import report
+
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows, choice in ((384, 0), (384, 1), (12, 0)):
+            for made in drive(arch, [(2, 1, 257)], dtype, rows, choice).compilations:
+                figures = report(made)
+                found.append([str(dtype), figures.kernel, figures.stack_bytes, figures.tensor_core])
+    return found
+
+
+def kernels_of_several_batches(arch):
+    """The names of what is compiled, and of what is launched."""
+    batches = [(3, 2, 257), (1, 1, 320), (16, 1, 272), (48, 16, 319)]
+    recorder = drive(arch, batches, torch.bfloat16)
+    return [made.name for made in recorder.compilations], [launch.kernel for launch in recorder.launches]
+
+
+@pytest.mark.compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_configurations_fit_and_do_not_spill(arch):
+    figures = call(figures_of_some_configurations, arch)
+    assert len(figures) == 2 * 3 * 3
+    for dtype, kernel, stack, tensor_core in figures:
+        assert stack == 0, (dtype, kernel)
+        assert tensor_core or dtype == "torch.float32" or kernel == "softmax_kernel", (dtype, kernel)
+
+
+@pytest.mark.compiles
+def test_no_other_batch_compiles_a_kernel_anew():
+    compiled, launched = call(kernels_of_several_batches, 90)
+    assert sorted(compiled) == ["output_kernel", "scores_kernel", "softmax_kernel"]
+    assert len(launched) == 12

@@ -8,8 +8,8 @@ from largest_tensor import LargestTensor
 from tolerances import assert_yardstick, max_error
 
 from blip2_kernels.model.losses import contrastive_similarities
+from blip2_kernels.ops import image_text_similarity
 from blip2_kernels.ops.image_text_similarity import chunked
-from blip2_kernels.ops.image_text_similarity.api import image_text_similarity
 
 BACKENDS = ["reference", "torch"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

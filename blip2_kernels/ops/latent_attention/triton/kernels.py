@@ -79,7 +79,8 @@ def scores_kernel(
     scores = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     channels = tl.where(tl.max(visible.to(tl.int32), 0) > 0, width, 0)
     for channel in range(0, channels, BLOCK_K):
-        q_mask, token_mask = (r < rows)[:, None], visible[None, :]
+        # What a hidden token holds does not matter here: its column is dropped.
+        q_mask, token_mask = (r < rows)[:, None], (n < end)[None, :]
         if not EVEN_WIDTH:
             exists = channel + k < width
             q_mask, token_mask = q_mask & exists[None, :], token_mask & exists[:, None]
