@@ -179,8 +179,12 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def wide(*tensors: Tensor) -> bool:
-    """Whether an offset into one of the tensors, in elements, can pass 2**31: kernels use int64 then."""
+    """Whether an offset into one of the tensors, or into a contiguous one of its size (an output, a gradient),
+    can pass 2**31, in elements: kernels use int64 then.
+    """
     for tensor in tensors:
+        if tensor.numel() >= 2**31:
+            return True
         reach = 0
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             reach += (size - 1) * stride
