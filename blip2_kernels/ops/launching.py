@@ -179,8 +179,8 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def wide(*tensors: Tensor) -> bool:
-    """Whether an offset into one of the tensors, or into a contiguous one of its size (an output, a gradient),
-    can pass 2**31, in elements: kernels use int64 then.
+    """Whether an offset into one of the tensors, or into a contiguous one of its size (an output, a
+    gradient), can pass 2**31, in elements: kernels use int64 then.
     """
     for tensor in tensors:
         if tensor.numel() >= 2**31:

@@ -44,7 +44,14 @@ FORWARD = LaunchTable(
             ("half", "narrow"): (_tile(64, 32, 4, 3), _tile(32, 32, 4, 1)),
             ("half", "wide"): (_tile(64, 32, 8, 2), _tile(32, 32, 4, 1)),
         }
-        for number in (*_WARPS_ALONE, *_BLACKWELL)
+        for number in _WARPS_ALONE
+    }
+    | {
+        number: {
+            ("half", "narrow"): (_tile(64, 32, 4, 3), _tile(32, 32, 4, 1)),
+            ("half", "wide"): (_tile(64, 32, 8, 3), _tile(32, 32, 4, 1)),
+        }
+        for number in _BLACKWELL
     },
 )
 BACKWARD_SHARED = LaunchTable(

@@ -15,10 +15,13 @@ _WARP_GROUPS = (90, 100, 103)
 """Where a warp group multiplies (from Hopper on), a tile twice as large leaves registers for two programs."""
 
 
-def key(dtype: torch.dtype, rows: int) -> tuple[str, int]:
+def key(dtype: torch.dtype, rows: int, width: int) -> tuple[str, int]:
     """Dtype, and how many rows of a sample at most a tile should have."""
+    # The compiler reads rows that do not begin at multiples of 16 element by element, and every element then
+    # has an address of its own: the largest tile would spill them.
+    largest = 128 if width % 16 == 0 else 64
     kind = "fp32" if dtype == torch.float32 else "half"
-    return kind, min(128, max(SMALLEST_TILE, power_of_two(rows)))
+    return kind, min(largest, max(SMALLEST_TILE, power_of_two(rows)))
 
 
 def softmax_key(columns: int) -> int:

@@ -71,7 +71,7 @@ def _run_samples(
 ) -> None:
     """Write `out` [S, R, width]; `scores` and `probs` are work memory for at least as many samples."""
     (samples, rows, width), (images, tokens), columns = q.shape, features.shape[:2], scores.shape[2]
-    architecture, key = launching.architecture(q.device), launch.key(q.dtype, rows)
+    architecture, key = launching.architecture(q.device), launch.key(q.dtype, rows, width)
     sizes = (images, tokens, rows, columns, width)
     constants: dict[str, Any] = {
         "INDEXED": index is not None,
