@@ -104,6 +104,7 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result
 def _device_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None if interpreting() else "Triton needs a CUDA device, the tensors are on the CPU"

@@ -424,7 +424,6 @@ def test_nothing_is_compiled_again_for_split_chunks(split):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="merge_kernel gets a new Config object, so a new key, at each launch")
 def test_split_chunks_are_launched_quickly(split):
     check_bindings(split)
 

@@ -3,6 +3,8 @@
 The forward's depend on nothing that says how images are shared, so that a sample's result does not either.
 """
 
+from functools import cache
+
 import torch
 
 from ..launching import Config, LaunchTable
@@ -104,6 +106,12 @@ BACKWARD_KEYS = LaunchTable(
     },
 )
 """Of the kernel for images that several tiles look at."""
+
+
+@cache
+def merge_config(rows: int) -> Config:
+    """Of the kernel that merges chunks: the rows are those of the forward kernel's tile."""
+    return Config.of(4, 1, BLOCK_M=rows)
 
 
 def split_chunks(programs: int, chunks: int, processors: int) -> bool:

@@ -79,6 +79,8 @@ def backward_rows_kernel(
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     image, first, rows = tile_of(tile, start_ptr, tile_image_ptr, GROUPED, NUM_QUERIES, BLOCK_M)
     if image < 0:
         return
@@ -131,6 +133,8 @@ def backward_keys_kernel(
     rows look at the image: those are one tile of `backward_rows_kernel`, which did the work.
     """
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     image = tl.program_id(0) // heads // splits
     split = tl.program_id(0) // heads % splits
     rows = NUM_QUERIES

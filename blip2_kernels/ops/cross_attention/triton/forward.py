@@ -99,6 +99,8 @@ def forward_kernel(
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     image, first, rows = tile_of(tile, start_ptr, tile_image_ptr, GROUPED, NUM_QUERIES, BLOCK_M)
     if image < 0:
         return
@@ -155,6 +157,8 @@ def merge_kernel(
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     image, first, rows = tile_of(tile, start_ptr, tile_image_ptr, GROUPED, NUM_QUERIES, BLOCK_M)
     if image < 0:
         return

@@ -139,7 +139,7 @@ def _run_forward(
             left = (out, _or_none(rest), lse, part, part_stats, *groups, heads, chunks, factor)
             shared = ("NUM_QUERIES", "GROUPED", "WIDE", "HEAD_DIM", "BLOCK_D")
             own = {name: constants[name] for name in shared} | {"LSE": need_backward}
-            merge = launching.Config.of(4, 1, BLOCK_M=config["BLOCK_M"])
+            merge = launch.merge_config(config["BLOCK_M"])
             launching.launch(merge_kernel, (programs,), left, own, merge)
         return out, rest, lse
 

@@ -38,7 +38,7 @@ def sample_rows(
     first, rows, image, order_ptr, start_ptr,
     GROUPED: tl.constexpr, NUM_QUERIES: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Sample (int64 if WIDE) and query of BLOCK_M stacked rows from `first` on, and whether there is one."""
+    """Sample and query (int64 if WIDE) of BLOCK_M stacked rows from `first` on, and whether there is one."""
     row = first + tl.arange(0, BLOCK_M)
     there = row < rows
     if GROUPED:
@@ -46,9 +46,10 @@ def sample_rows(
         sample = tl.load(order_ptr + place, mask=there, other=0)
     else:
         sample = tl.zeros((BLOCK_M,), tl.int32) + image
+    query = row % NUM_QUERIES
     if WIDE:
-        sample = sample.to(tl.int64)
-    return sample, row % NUM_QUERIES, there
+        sample, query = sample.to(tl.int64), query.to(tl.int64)
+    return sample, query, there
 
 
 @triton.jit

@@ -93,6 +93,8 @@ def backward_tile_kernel(
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     if JOINT:
         if tl.program_id(1) == 0:
             _tile(
@@ -241,6 +243,8 @@ def backward_rows_kernel(
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     block = tl.program_id(1)
     if JOINT:
         if block < joint_blocks:
@@ -288,6 +292,8 @@ def backward_keys_kernel(
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     block = tl.program_id(1)
     if JOINT:
         if block < joint_blocks:

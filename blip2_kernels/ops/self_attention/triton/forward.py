@@ -99,6 +99,8 @@ def forward_kernel(
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
+    if WIDE:
+        head = head.to(tl.int64)
     block = tl.program_id(1)
     if JOINT:
         if block < joint_blocks:
