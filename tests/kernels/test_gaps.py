@@ -12,7 +12,7 @@ from tolerances import assert_yardstick
 
 from blip2_kernels.layout import TokenLayout
 from blip2_kernels.mask import AttentionMask
-from blip2_kernels.ops import cross_attention, launching, self_attention
+from blip2_kernels.ops import cross_attention, latent_attention, launching, self_attention
 from blip2_kernels.ops.cross_attention.triton import op as cross_op
 from blip2_kernels.ops.philox import LANES, Site, philox_4x32_10
 from blip2_kernels.ops.self_attention.triton import op as self_op
@@ -117,7 +117,42 @@ def test_cross_attention_indices_whose_product_with_a_stride_passes_2_to_the_31(
     assert_same_bits(bits(call, tensors[:3], tensors[3]), bits(call, far[:3], far[3]))
 
 
+@pytest.mark.parametrize("operand", ["q", "features"])
+def test_latent_attention_rows_whose_product_with_a_stride_passes_2_to_the_31(operand):
+    q, features = torch.randn(1, 3, 16), torch.randn(1, 3, 16)
+    expected = latent_attention(q, features, scale=0.5, backend="triton")
+    if operand == "q":
+        got = latent_attention(far_apart(q, 1), features, scale=0.5, backend="triton")
+    else:
+        got = latent_attention(q, far_apart(features, 1), scale=0.5, backend="triton")
+    assert torch.equal(got, expected)
+
+
 # --------------------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("modes", [(U,), (U, C)], ids=["alone", "pair"])
+@pytest.mark.parametrize("select", ["all", "first"])
+def test_unimodal_texts_that_attend_without_the_queries(modes, select):
+    """Then a text begins at other rows on the attending side than on the attended one."""
+    case = SelfCase(modes, 5, ((3, 7, 1),) * len(modes), 8, select=select, queries_attend=False, head_dim=16)
+    tensors = case.tensors(torch.Generator().manual_seed(0))
+    got, plain = (self_cases.run(case, tensors, backend) for backend in ("triton", "reference"))
+    truth = self_cases.run(case, tensors, "reference", torch.float64)
+    for name, *values in zip("oqkv", got, plain, truth, strict=True):
+        assert_yardstick(name, *values)
+
+
+@pytest.mark.parametrize("modes", [(B,), (U,)], ids=["joint", "unimodal"])
+def test_a_row_that_sees_one_key_has_no_gradient_for_it(modes):
+    """Its probability is 1 whatever the score; what is left of grad's product with out is out's rounding."""
+    case = SelfCase(modes, 0, ((1, 140),), 140, dtype=torch.bfloat16, dropout=0.1)
+    tensors = case.tensors(torch.Generator().manual_seed(0))
+    _, dq, dk, _ = self_cases.run(case, tensors, "triton")
+    plain = self_cases.run(case, tensors, "reference")
+    for got, expected in ((dq[:1], plain[1][:1]), (dk[:1], plain[2][:1])):
+        assert_yardstick("gradient", got, expected, torch.zeros_like(got).double())
+
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -157,7 +192,8 @@ def test_more_samples_than_the_grouping_kernel_looks_at_together():
 
 
 def test_an_image_s_tokens_split_among_programs_with_several_heads(monkeypatch):
-    case = CrossCase((0, 1) + (1,) * 5, 7, 2, 70, num_queries=33, heads=3, head_dim=16)
+    # Two heads and four splits: numbers that share a divisor, so that no wrong order of the two covers all pairs.
+    case = CrossCase((0, 1) + (1,) * 5, 7, 2, 60, num_queries=33, heads=2, head_dim=16)
     tensors = case.tensors(torch.Generator().manual_seed(0))
     whole = cross_cases.run(case, tensors, "triton")
     monkeypatch.setattr(launching, "processors", lambda device: 10_000)

@@ -234,8 +234,11 @@ def test_offsets_beyond_two_to_the_31_elements(wide):
 
 
 def test_an_image_index_out_of_range_reads_nothing_else_and_sets_the_flag():
-    """Past the checks of CPU tensors, as on a GPU: the nearest image is read, and the error raised later."""
-    q, features = draw(4, 20, 3, 7, 16)
+    """Past the checks of CPU tensors, as on a GPU: the nearest image is read, and the error raised later.
+
+    A wrong number counts once, however many tiles the scores of its sample have.
+    """
+    q, features = draw(4, 200, 3, 300, 16)
     index = torch.tensor([1, 7, -5, 2], dtype=torch.int32)
     device_errors.check_device_errors()
     out = torch.ops.blip2_kernels.latent_attention(q, features, index, None, 0.2)
