@@ -442,7 +442,7 @@ MUTANTS: list[Mutant] = [
 # fmt: on
 
 EXPLAINED: dict[str, str] = {
-    "blocks: rows of the key side's length": "the query side has at most the key side's rows; the loop goes on"
-    " over blocks of rows that do not exist, which cost time and change nothing",
+    "blocks: rows of the key side's length": "the query side has at most the key side's rows; the loop goes"
+    " on over blocks of rows that do not exist, which cost time and change nothing",
 }
 """Why no test can find a mutant: what it changes is no fault, or cannot be seen in the interpreter."""

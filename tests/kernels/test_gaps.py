@@ -192,7 +192,7 @@ def test_more_samples_than_the_grouping_kernel_looks_at_together():
 
 
 def test_an_image_s_tokens_split_among_programs_with_several_heads(monkeypatch):
-    # Two heads and four splits: numbers that share a divisor, so that no wrong order of the two covers all pairs.
+    # Two heads and four splits share a divisor: no wrong order of the two covers all pairs.
     case = CrossCase((0, 1) + (1,) * 5, 7, 2, 60, num_queries=33, heads=2, head_dim=16)
     tensors = case.tensors(torch.Generator().manual_seed(0))
     whole = cross_cases.run(case, tensors, "triton")
