@@ -4,7 +4,8 @@
 
 A copy of the package and its tests gets the faults of `planted_faults.py`; this checkout stays as it is. A
 fault counts as found where a test fails: first those of FAST are run, then GAPS, then the whole test file.
-Anything else (a test that fails without a fault, a fault whose text is gone, a run that takes too long) is an error.
+Anything else (a test that fails without a fault, a fault whose text is gone, a run that takes too long) is
+an error.
 
 Exit status: 0; 1 where fewer than 95 % are found, or one that is not is missing from EXPLAINED.
 """

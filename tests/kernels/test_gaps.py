@@ -154,7 +154,6 @@ def test_a_row_that_sees_one_key_has_no_gradient_for_it(modes):
         assert_yardstick("gradient", got, expected, torch.zeros_like(got).double())
 
 
-
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("modes", [(B,), (U, C)], ids=["bidirectional", "pair"])
 def test_the_last_rows_of_a_text_behind_a_gap(modes):
