@@ -50,6 +50,11 @@ class AttentionMask:
             names = ", ".join(mode.name for mode in self.modes)
             raise ValueError(f"modes: expected one mode or (UNIMODAL, MULTIMODAL_CAUSAL), got ({names})")
 
+    @property
+    def joins_queries_and_text(self) -> bool:
+        """Whether queries see text."""
+        return MaskMode.BIDIRECTIONAL in self.modes
+
     def check(self, layout: TokenLayout, name: str = "layout") -> None:
         """Raise ValueError unless `layout` has one text segment a mode."""
         if len(layout.texts) != len(self.modes):

@@ -3,16 +3,17 @@
 Image alone (ITC, captions), text alone (ITC), image and text together (ITM): paper section 3.1, figure 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
-from blip2_kernels.encoder import ImageKeyValues
+from blip2_kernels.encoder import ImageKeyValues, Saving
 from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 
@@ -38,18 +39,17 @@ class PreparedImages:
     """A set of images as the Q-Former reads them; made once, read by any number of passes.
 
     Attributes:
-        features: [I, N, width], behind `ln_vision`.
+        features: [I, N, width], behind `ln_vision`, projected in every pass (plain path), or None.
         mask: 0/1 [I, N] of the image tokens, or None for all.
-        key_values: their keys and values in every cross-attention layer (fused path), or None (plain path,
-            which projects the features in every pass).
+        key_values: what the fused encoder made of them (fused path), or None.
     """
 
-    features: Tensor
+    features: Tensor | None
     mask: Tensor | None = None
     key_values: ImageKeyValues | None = None
 
     def __len__(self) -> int:
-        return self.features.shape[0]
+        return self.features.shape[0] if self.key_values is None else self.key_values.images
 
 
 class Blip2Base(nn.Module):
@@ -152,6 +152,8 @@ class Blip2Base(nn.Module):
         image_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_mask: Tensor | None = None,
+        *,
+        samples: int | None = None,
     ) -> PreparedImages:
         """Get images ready to be read.
 
@@ -159,6 +161,8 @@ class Blip2Base(nn.Module):
             image_features: [B, N, width], the frozen encoder's output before `ln_vision`; or
             pixel_values: what the image encoder takes.
             image_mask: 0/1 [B, N], image tokens that may be read; default all.
+            samples: how many will read them, in all passes together: tells the fused path whether keys and
+                values are worth making. Default: they are.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value.
@@ -167,11 +171,15 @@ class Blip2Base(nn.Module):
         if image_mask is not None:
             check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
             check_binary("image_mask", image_mask)
-        features = self.ln_vision(features.to(self.ln_vision.weight.dtype))
-        key_values = None
-        if self.use_fused:
-            key_values = self.qformer.fused_encoder.project_images(features, mask=image_mask)
-        return PreparedImages(features, image_mask, key_values)
+        if not self.use_fused:
+            return PreparedImages(self.ln_vision(features.to(self.ln_vision.weight.dtype)), image_mask)
+        key_values = self.qformer.fused_encoder.project_images(
+            features,
+            norm=self.ln_vision,
+            mask=image_mask,
+            query_rows=None if samples is None else samples * self.config.num_query_tokens,
+        )
+        return PreparedImages(None, image_mask, key_values)
 
     def image_hidden(self, images: PreparedImages, *, dropout_key: Tensor | None = None) -> Tensor:
         """What the queries read from each image, [I, Q, C]."""
@@ -186,26 +194,57 @@ class Blip2Base(nn.Module):
         layout = TokenLayout.from_attention_masks(
             queries.shape[1], samples=len(images), device=queries.device
         )
-        rows = self.qformer.fused_encoder(
-            layout.pack(queries), layout, AttentionMask(), images.key_values, dropout_key=dropout_key
-        )
-        return layout.unpack_queries(rows)
+        return self.qformer.fused_encoder(
+            self.query_tokens, (), layout, AttentionMask(), images.key_values, dropout_key=dropout_key
+        ).queries
 
     def text_hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, dropout_key: Tensor | None = None
     ) -> Tensor:
-        """Hidden states of texts read alone, [B, T, C]; those of padding are not to be used."""
+        """What each text's first real token ([CLS]) knows, having read the text alone, [B, C].
+
+        Raises:
+            TypeError, ValueError: ids or mask of the wrong kind, shape or value; (on the CPU) a text without
+            a real token.
+        """
         attention_mask = self.check_text(input_ids, attention_mask)
-        text = self.embeddings(input_ids)
+        if attention_mask.device.type == "cpu" and not bool(attention_mask.any(dim=1).all()):
+            row = int((attention_mask != 0).any(dim=1).logical_not().nonzero()[0])
+            raise ValueError(f"attention_mask: expected a 1 in every row, got none in row {row}")
         if not self.use_fused:
-            return self.qformer(
-                text, attention_mask, query_length=0, mask=MaskMode.UNIMODAL, dropout_key=dropout_key
+            hidden = self.qformer(
+                self.embeddings(input_ids),
+                attention_mask,
+                query_length=0,
+                mask=MaskMode.UNIMODAL,
+                dropout_key=dropout_key,
             ).last_hidden_state
-        layout = TokenLayout.from_attention_masks(0, [attention_mask], device=text.device)
-        rows = self.qformer.fused_encoder(
-            layout.pack(None, [text]), layout, AttentionMask((MaskMode.UNIMODAL,)), dropout_key=dropout_key
+            first = (attention_mask != 0).to(torch.uint8).argmax(dim=1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), first]
+        layout = self.text_layout(0, [attention_mask], device=input_ids.device)
+        encoded = self.qformer.fused_encoder(
+            None,
+            [self.embed_rows(input_ids, layout)],
+            layout,
+            AttentionMask((MaskMode.UNIMODAL,)),
+            keep_texts=("first",),
+            dropout_key=dropout_key,
         )
-        return layout.unpack_text(rows)
+        return encoded.rows
+
+    def text_layout(self, num_queries: int, masks: Sequence[Tensor], **options: Any) -> TokenLayout:
+        """The layout of a fused pass; with padding where static shapes are wanted (`packed_text` forced off).
+
+        Arguments and errors as `TokenLayout.from_attention_masks`.
+        """
+        padded = not self.qformer.fused_encoder.uses(Saving.PACKED_TEXT)
+        return TokenLayout.from_attention_masks(num_queries, masks, padded=padded, **options)
+
+    def embed_rows(self, input_ids: Tensor, layout: TokenLayout, segment: int = 0) -> Tensor:
+        """Embedded text [rows, C] of a segment of a layout, from token ids [S, T]."""
+        source, width = layout.texts[segment].source, layout.texts[segment].width
+        ids, positions = input_ids.flatten()[source], source % max(width, 1)
+        return self.embeddings(ids[None], positions[None])[0]
 
     def multimodal_hidden(
         self,
@@ -243,10 +282,10 @@ class Blip2Base(nn.Module):
                 worst = int(image_index.min()) if int(image_index.min()) < 0 else int(image_index.max())
                 if not 0 <= worst < len(images):
                     raise ValueError(f"image_index: expected values in [0, {len(images)}), got {worst}")
-        text = self.embeddings(input_ids)
-        queries = self.query_tokens.expand(samples, -1, -1)
-        num_queries = queries.shape[1]
+        num_queries = self.query_tokens.shape[1]
         if images.key_values is None:
+            text = self.embeddings(input_ids)
+            queries = self.query_tokens.expand(samples, -1, -1)
             features, mask = images.features, images.mask
             if image_index is not None:
                 features, mask = features[image_index], None if mask is None else mask[image_index]
@@ -259,18 +298,19 @@ class Blip2Base(nn.Module):
                 row_keys=padded_row_keys(samples, num_queries, attention_mask, first_sample=first_sample),
                 dropout_key=dropout_key,
             ).last_hidden_state[:, :num_queries]
-        layout = TokenLayout.from_attention_masks(
-            num_queries, [attention_mask], first_sample=first_sample, device=text.device
+        layout = self.text_layout(
+            num_queries, [attention_mask], first_sample=first_sample, device=input_ids.device
         )
-        rows = self.qformer.fused_encoder(
-            layout.pack(queries.to(text.dtype), [text]),
+        return self.qformer.fused_encoder(
+            self.query_tokens,
+            [self.embed_rows(input_ids, layout)],
             layout,
             AttentionMask((MaskMode.BIDIRECTIONAL,)),
             images.key_values,
             None if image_index is None else image_index.to(torch.int32),
+            keep_texts=("none",),
             dropout_key=dropout_key,
-        )
-        return layout.unpack_queries(rows)
+        ).queries
 
     def check_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Check token ids [B, T] and their 0/1 mask; return the mask, all 1 by default.
@@ -283,7 +323,12 @@ class Blip2Base(nn.Module):
             raise ValueError(f"input_ids: expected at least one token of one text, got {describe(input_ids)}")
         if attention_mask is None:
             return torch.ones_like(input_ids)
-        check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES, input_ids.device)
+        check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES)
+        if attention_mask.device.type not in ("cpu", input_ids.device.type):
+            raise ValueError(
+                f"attention_mask: expected a tensor on {input_ids.device} or on the CPU, got one on "
+                f"{attention_mask.device}"
+            )
         check_binary("attention_mask", attention_mask)
         return attention_mask
 
@@ -291,11 +336,9 @@ class Blip2Base(nn.Module):
         """Contrastive features of the queries, [..., E] of length 1."""
         return F.normalize(self.vision_projection(hidden), dim=-1)
 
-    def project_text(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Contrastive feature of each text's first real token ([CLS]), [B, E] of length 1."""
-        first = (attention_mask != 0).to(torch.uint8).argmax(dim=1)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return F.normalize(self.text_projection(hidden[rows, first]), dim=-1)
+    def project_text(self, hidden: Tensor) -> Tensor:
+        """Contrastive features of the texts' first tokens, [..., E] of length 1."""
+        return F.normalize(self.text_projection(hidden), dim=-1)
 
     def match(self, multimodal_hidden: Tensor) -> Tensor:
         """ITM logits (no match, match), [S, 2]: the head on every query, averaged."""
@@ -308,7 +351,8 @@ class Blip2Base(nn.Module):
         image_mask: Tensor | None = None,
     ) -> Tensor:
         """What the queries read from each image, [B, Q, C]; arguments and errors as `prepare_images`."""
-        return self.image_hidden(self.prepare_images(image_features, pixel_values, image_mask))
+        features = self.frozen_features(image_features, pixel_values)
+        return self.image_hidden(self.prepare_images(features, None, image_mask, samples=len(features)))
 
     def get_image_features(
         self,
@@ -326,8 +370,7 @@ class Blip2Base(nn.Module):
             TypeError, ValueError: ids or mask of the wrong kind, shape or value, or longer than the position
             table.
         """
-        attention_mask = self.check_text(input_ids, attention_mask)
-        return self.project_text(self.text_hidden(input_ids, attention_mask), attention_mask)
+        return self.project_text(self.text_hidden(input_ids, attention_mask))
 
     def get_multimodal_features(
         self,
@@ -342,5 +385,6 @@ class Blip2Base(nn.Module):
 
         Arguments and errors as `prepare_images` and `multimodal_hidden`.
         """
-        images = self.prepare_images(image_features, pixel_values, image_mask)
+        samples = len(input_ids) if isinstance(input_ids, Tensor) else None
+        images = self.prepare_images(image_features, pixel_values, image_mask, samples=samples)
         return self.multimodal_hidden(images, input_ids, attention_mask, image_index=image_index)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_tensor, describe
-from blip2_kernels.layout import CAPTION_STREAM, TEXT_STREAM, TokenLayout
+from blip2_kernels.encoder import Saving
+from blip2_kernels.layout import CAPTION_STREAM, TEXT_STREAM, Selection, TextSegment
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops.philox import draw_key
 
@@ -147,7 +148,8 @@ class Blip2ForPreTraining(Blip2Base):
         Args:
             input_ids: int64 or int32 [B, T], [CLS] text [SEP] and padding. [DEC] takes the place of the first
                 token where the text is to be generated.
-            attention_mask: 0/1 [B, T]; the first column must be 1.
+            attention_mask: 0/1 [B, T]; the first column must be 1. On the CPU, whatever the device of the
+                others, it saves the fused path a synchronisation.
             pixel_values: what `vision_model` takes, or
             image_features: floating [B, N, encoder_hidden_size], the frozen encoder's output before
                 `ln_vision`, of any floating dtype; it is cast to that of `ln_vision`.
@@ -178,7 +180,8 @@ class Blip2ForPreTraining(Blip2Base):
         if negatives is not None:
             negatives = check_negatives(negatives, positives)
 
-        images = self.prepare_images(features)
+        # Seen by the pass of contrast and captions, and by the three parts of matching.
+        images = self.prepare_images(features, samples=4 * batch)
         dropout_key = draw_key(input_ids.device) if self.qformer.drops else None
         contrast = "itc" in wanted or ("itm" in wanted and negatives is None)
         generate = "itg" in wanted
@@ -191,7 +194,7 @@ class Blip2ForPreTraining(Blip2Base):
         parts: dict[str, Tensor] = {}
         if contrast:
             image_embeds = self.project_image(passes.query_hidden)
-            text_embeds = F.normalize(self.text_projection(passes.text_hidden), dim=-1)
+            text_embeds = self.project_text(passes.text_hidden)
             sim_i2t, sim_t2i = contrastive_similarities(
                 image_embeds, text_embeds, self.temp, gradient=self.config.itc_gradient
             )
@@ -251,7 +254,7 @@ class Blip2ForPreTraining(Blip2Base):
             )
         if image_ids is not None:
             check_tensor("image_ids", image_ids, [batch], INDEX_DTYPES, input_ids.device)
-        return attention_mask
+        return attention_mask if self.use_fused else attention_mask.to(input_ids.device)
 
     def _caption_ids(self, input_ids: Tensor) -> Tensor:
         """The texts with [DEC] in place of their first token."""
@@ -267,25 +270,28 @@ class Blip2ForPreTraining(Blip2Base):
         generate: bool,
     ) -> UnimodalPasses:
         """Image, text and caption as three padded passes; the caption reads the image pass's cache."""
+        queries = self.query_tokens.expand(len(images), -1, -1)
+        # A checkpointed layer would fill the cache a second time: then the caption reads the image itself.
+        cached = generate and not self.qformer.checkpoints
         image = self.qformer(
-            self.query_tokens.expand(len(images), -1, -1),
-            encoder_hidden_states=images.features,
-            use_cache=generate,
-            dropout_key=dropout_key,
+            queries, encoder_hidden_states=images.features, use_cache=cached, dropout_key=dropout_key
         )
         text_hidden = caption_hidden = labels = None
         if contrast:
-            text_hidden = self.text_hidden(input_ids, attention_mask, dropout_key=dropout_key)[:, 0]
+            text_hidden = self.text_hidden(input_ids, attention_mask, dropout_key=dropout_key)
         if generate:
+            num_queries = self.config.num_query_tokens
+            text = self.embeddings(self._caption_ids(input_ids))
             caption = self.qformer(
-                self.embeddings(self._caption_ids(input_ids)),
-                F.pad(attention_mask, (self.config.num_query_tokens, 0), value=1),
-                query_length=0,
+                text if cached else torch.cat([queries.to(text.dtype), text], dim=1),
+                F.pad(attention_mask, (num_queries, 0), value=1),
+                encoder_hidden_states=None if cached else images.features,
+                query_length=0 if cached else num_queries,
                 mask=MaskMode.MULTIMODAL_CAUSAL,
                 past_key_values=image.past_key_values,
                 dropout_key=dropout_key,
             )
-            caption_hidden = caption.last_hidden_state.flatten(0, 1)
+            caption_hidden = caption.last_hidden_state[:, -text.shape[1] :].flatten(0, 1)
             labels = caption_labels(input_ids, attention_mask, self.config.pad_token_id).flatten()
         return UnimodalPasses(image.last_hidden_state, text_hidden, caption_hidden, labels)
 
@@ -300,35 +306,44 @@ class Blip2ForPreTraining(Blip2Base):
     ) -> UnimodalPasses:
         """The same as one packed pass over [queries | text | caption]: under both masks queries see queries
         only, and the two texts never see each other."""
-        queries = self.query_tokens.expand(len(images), -1, -1)
-        segments = []
-        if contrast:
-            segments.append((self.embeddings(input_ids), TEXT_STREAM, MaskMode.UNIMODAL))
+        encoder = self.qformer.fused_encoder
+        contrast_mode = (TEXT_STREAM, MaskMode.UNIMODAL, "first")
+        segments: list[tuple[int, MaskMode, Selection]] = [contrast_mode] if contrast else []
         if generate:
-            captions = self.embeddings(self._caption_ids(input_ids))
-            segments.append((captions, CAPTION_STREAM, MaskMode.MULTIMODAL_CAUSAL))
-        texts, streams, modes = zip(*segments, strict=True)
-        layout = TokenLayout.from_attention_masks(
-            queries.shape[1], [attention_mask] * len(segments), text_streams=streams
+            segments.append((CAPTION_STREAM, MaskMode.MULTIMODAL_CAUSAL, "all"))
+        text_hidden = None
+        if len(segments) > 1 and not encoder.uses(Saving.ONE_PASS):
+            text_hidden = self.text_hidden(input_ids, attention_mask, dropout_key=dropout_key)
+            del segments[0]
+        streams, modes, keep = zip(*segments, strict=True)
+        layout = self.text_layout(
+            self.config.num_query_tokens,
+            [attention_mask] * len(segments),
+            text_streams=streams,
+            device=input_ids.device,
         )
-        rows = self.qformer.fused_encoder(
-            layout.pack(queries.to(texts[0].dtype), texts),
+        ids = {TEXT_STREAM: input_ids, CAPTION_STREAM: self._caption_ids(input_ids)}
+        encoded = encoder(
+            self.query_tokens,
+            [self.embed_rows(ids[stream], layout, i) for i, stream in enumerate(streams)],
             layout,
             AttentionMask(modes),
             images.key_values,
+            keep_texts=keep,
             dropout_key=dropout_key,
         )
+        if contrast and text_hidden is None:
+            text_hidden = encoded.text(0)
         caption_hidden = labels = None
         if generate:
-            caption_hidden = rows[layout.text_start(len(segments) - 1) :]
-            padded = caption_labels(input_ids, attention_mask, self.config.pad_token_id)
+            mask = attention_mask.to(input_ids.device, non_blocking=True)
+            padded = caption_labels(input_ids, mask, self.config.pad_token_id)
             labels = padded.flatten()[layout.texts[-1].source]
-        return UnimodalPasses(
-            layout.unpack_queries(rows),
-            rows[layout.first_rows(0)] if contrast else None,
-            caption_hidden,
-            labels,
-        )
+            caption_hidden = encoded.text(len(segments) - 1)
+            if encoder.uses(Saving.SUPERVISED_ROWS) and not layout.padded:
+                rows = _all_but_the_last(layout.texts[-1])
+                caption_hidden, labels = caption_hidden[rows], labels[rows]
+        return UnimodalPasses(encoded.queries, text_hidden, caption_hidden, labels)
 
     def _match_pairs(
         self,
@@ -345,6 +360,7 @@ class Blip2ForPreTraining(Blip2Base):
         # Where there is no negative the sample's own image or text fills the row, which then has no label.
         labels = [torch.where(index < 0, IGNORE_INDEX, 0) for index in negatives]
         image_index, text_index = (torch.where(index < 0, own, index) for index in negatives)
+        attention_mask = attention_mask.to(input_ids.device, non_blocking=True)
         all_ids, all_masks = all_gather(input_ids), all_gather(attention_mask)
 
         texts, first_image = own, 0
@@ -354,9 +370,8 @@ class Blip2ForPreTraining(Blip2Base):
             every_image, every_label = all_gather(image_index), all_gather(labels[0])
             texts = ((every_image >= start) & (every_image < start + batch)).nonzero()[:, 0]
             image_index, labels[0], first_image = every_image[texts], every_label[texts], start
-        else:
-            features = all_gather_with_grad(images.features)
-            images = PreparedImages(features, key_values=images.key_values)
+        elif not self.use_fused:
+            images = PreparedImages(all_gather_with_grad(images.features))
 
         text_rows = torch.cat([own, texts, text_index])
         hidden = self.multimodal_hidden(
@@ -368,3 +383,13 @@ class Blip2ForPreTraining(Blip2Base):
             dropout_key=dropout_key,
         )
         return self.match(hidden), torch.cat([torch.ones_like(own), *labels])
+
+
+def _all_but_the_last(text: TextSegment) -> Tensor:
+    """Row numbers int64, within a packed segment, of all rows but each sample's last, which predicts nothing;
+    no sample may be empty. No synchronisation."""
+    samples = torch.arange(len(text.lengths), device=text.lengths.device)
+    sample = torch.repeat_interleave(
+        samples, text.lengths.long() - 1, output_size=text.rows - len(text.lengths)
+    )
+    return torch.arange(len(sample), device=sample.device) + sample

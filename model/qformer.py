@@ -7,14 +7,16 @@ dense masks, one module after the other (`qformer_layers.py`). `use_fused=True` 
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
-from blip2_kernels.encoder import FusedEncoder
+from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall, Saving
 from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
@@ -128,6 +130,7 @@ class QFormerModel(nn.Module):
             )
         self.config = config
         self.use_fused = use_fused
+        self.gradient_checkpointing = False
         self.has_text = self.is_instruct or config.use_qformer_text_input
         if self.is_instruct:
             self.embeddings = NormalizedTextEmbeddings(config)
@@ -153,8 +156,37 @@ class QFormerModel(nn.Module):
         if "_fused_encoder" not in self.__dict__:
             # Past nn.Module.__setattr__: the encoder refers back to this module and must not become its
             # child.
-            self.__dict__["_fused_encoder"] = FusedEncoder(self)
+            self.__dict__["_fused_encoder"] = FusedEncoder(self, _call_layer)
         return self.__dict__["_fused_encoder"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the fused encoder, which belongs to this module and not to its copies."""
+        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
+        return {name: value for name, value in state.items() if name != "_fused_encoder"}
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Compute the layers again in the backward instead of keeping what they need, on both paths.
+
+        Args:
+            gradient_checkpointing_kwargs: as transformers passes them; checkpointing here is never reentrant.
+
+        Raises:
+            ValueError: `use_reentrant=True` is asked for.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected use_reentrant=False, the only kind here, got True"
+            )
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the backward needs."""
+        self.gradient_checkpointing = False
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether a forward pass now would checkpoint its layers."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
     def drops(self) -> bool:
@@ -166,7 +198,7 @@ class QFormerModel(nn.Module):
         self,
         query_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | ImageKeyValues | None = None,
         encoder_attention_mask: Tensor | None = None,
         *,
         query_length: int | None = None,
@@ -179,6 +211,7 @@ class QFormerModel(nn.Module):
         dropout_key: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        queries_only: bool = False,
     ) -> QFormerOutput:
         """Run the Q-Former on queries, text, or both.
 
@@ -191,7 +224,8 @@ class QFormerModel(nn.Module):
                 batch of one is expanded to the images' batch.
             attention_mask: 0/1, default all 1. [B, P + L] says which rows may be attended to; [B, L, P + L]
                 or [B, 1 or heads, L, P + L] says it for each row. It only ever narrows `mask`.
-            encoder_hidden_states: [B or 1, N, encoder_hidden_size], image features. Needed if Q > 0.
+            encoder_hidden_states: [B or 1, N, encoder_hidden_size], image features; or what
+                `fused_encoder.project_images` made of them. Needed if Q > 0.
             encoder_attention_mask: 0/1, batch and N as the image features', which image tokens may be
                 attended to; default all.
             query_length: Q; default all of `query_embeds`, or 0 with a filled cache. 0 is a text-only pass.
@@ -204,6 +238,8 @@ class QFormerModel(nn.Module):
             row_keys: int32 [B, P + L], logical names of the rows for dropout; default `padded_row_keys`.
             dropout_key: int64 [], Philox key; default a fresh one from torch's generator.
             output_attentions, output_hidden_states: return these too.
+            queries_only: return only the query rows, [B, Q, C], so that the fused path can leave out what
+                nobody reads.
 
         Returns:
             `QFormerOutput`. A row that may attend to nothing gets 0 from that attention. Padding rows hold
@@ -216,6 +252,14 @@ class QFormerModel(nn.Module):
         hidden, query_length = self._embed(
             query_embeds, input_ids, position_ids, query_length, past_key_values
         )
+        prepared = encoder_hidden_states if isinstance(encoder_hidden_states, ImageKeyValues) else None
+        if prepared is not None:
+            if encoder_attention_mask is not None:
+                raise ValueError(
+                    "encoder_attention_mask: expected None beside ImageKeyValues, which hold theirs, got "
+                    f"{describe(encoder_attention_mask)}"
+                )
+            encoder_hidden_states, encoder_attention_mask = prepared.features.values, prepared.mask
         image, image_mask = self._check_image(encoder_hidden_states, encoder_attention_mask, query_length)
         hidden = _expand_to_images(hidden, image)
         batch, length, _ = hidden.shape
@@ -247,11 +291,21 @@ class QFormerModel(nn.Module):
 
         plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
         if self.use_fused and not plain and _hides_text_only(attention_mask, query_length):
+            if query_length and prepared is None:
+                prepared = self.fused_encoder.project_images(
+                    image, mask=image_mask, query_rows=batch * query_length
+                )
             out = self._forward_fused(
-                hidden, text_mask, query_length, image, image_mask, mask, row_keys, dropout_key
+                hidden, text_mask, query_length, prepared, mask, row_keys, dropout_key, queries_only
             )
             return QFormerOutput(last_hidden_state=out, pooler_output=out[:, 0])
+        if prepared is not None and image is not None:
+            image = prepared.features.behind_norm
 
+        if self.checkpoints and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache: expected no cache where layers are checkpointed, since they would fill it twice"
+            )
         if use_cache and past_key_values is None:
             past_key_values = QFormerCache()
         if past_key_values is not None and not past:
@@ -276,15 +330,20 @@ class QFormerModel(nn.Module):
             # Kept only where asked for: the maps of all layers together dwarf the hidden states.
             if output_hidden_states:
                 states.append(hidden)
-            hidden, self_probs, cross_probs = layer(
-                hidden, allowed, query_length, image, image_allowed, past_key_values, dropout
-            )
+            arguments = (hidden, allowed, query_length, image, image_allowed, past_key_values, dropout)
+            if self.checkpoints:
+                hidden, self_probs, cross_probs = checkpoint(
+                    layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, self_probs, cross_probs = layer(*arguments)
             if output_attentions:
                 attentions.append(self_probs)
                 if cross_probs is not None:
                     cross_attentions.append(cross_probs)
+        last = hidden[:, :query_length] if queries_only else hidden
         return QFormerOutput(
-            last_hidden_state=hidden,
+            last_hidden_state=last,
             pooler_output=hidden[:, 0],
             past_key_values=past_key_values,
             hidden_states=(*states, hidden) if output_hidden_states else None,
@@ -297,41 +356,48 @@ class QFormerModel(nn.Module):
         hidden: Tensor,
         text_mask: Tensor | None,
         query_length: int,
-        image: Tensor | None,
-        image_mask: Tensor | None,
+        images: ImageKeyValues | None,
         mask: MaskMode,
         row_keys: Tensor | None,
         dropout_key: Tensor | None,
+        queries_only: bool,
     ) -> Tensor:
-        """The same through the fused encoder, padded rows kept: [B, L, C]."""
-        batch = hidden.shape[0]
+        """The same through the fused encoder: [B, L, C] with padded rows, or the queries' [B, Q, C]."""
+        batch, encoder = hidden.shape[0], self.fused_encoder
         has_text = hidden.shape[1] > query_length
         stream = CAPTION_STREAM if mask == MaskMode.MULTIMODAL_CAUSAL else TEXT_STREAM
         layout = TokenLayout.from_attention_masks(
             query_length,
             [text_mask] if has_text else (),
             samples=batch,
-            padded=True,
+            padded=not queries_only or not encoder.uses(Saving.PACKED_TEXT),
             text_streams=[stream] if has_text else None,
             device=hidden.device,
         )
-        queries, texts = hidden[:, :query_length], [hidden[:, query_length:]] if has_text else []
+        queries, text = hidden[:, :query_length], hidden[:, query_length:]
+        if query_length and hidden.stride(0) == 0:
+            queries = queries[:1]  # expanded: every sample has the same
         if row_keys is not None:
             names = layout.pack(
                 row_keys[:, :query_length, None], [row_keys[:, query_length:, None]] if has_text else []
             )
             layout = dataclasses.replace(layout, row_keys=names[:, 0])
-        rows = layout.pack(queries, texts)
-        encoder = self.fused_encoder
-        images = image_index = None
-        if query_length:
-            images = encoder.project_images(image, mask=image_mask)
-            image_index = torch.arange(batch, dtype=torch.int32, device=hidden.device) % image.shape[0]
-        modes = AttentionMask((mask,) if has_text else ())
-        rows = encoder(rows, layout, modes, images, image_index, dropout_key=dropout_key)
-        out = [layout.unpack_queries(rows)] if query_length else []
-        if has_text:
-            out.append(layout.unpack_text(rows))
+        image_index = None
+        if query_length and images.images != batch:
+            image_index = torch.zeros(batch, dtype=torch.int32, device=hidden.device)
+        encoded = encoder(
+            queries if query_length else None,
+            [text.flatten(0, 1)[layout.texts[0].source]] if has_text else (),
+            layout,
+            AttentionMask((mask,) if has_text else ()),
+            images,
+            image_index,
+            keep_texts=("none" if queries_only else "all",) if has_text else (),
+            dropout_key=dropout_key,
+        )
+        out = [encoded.queries] if query_length else []
+        if has_text and not queries_only:
+            out.append(encoded.padded_text())
         return torch.cat(out, dim=1)
 
     def _embed(
@@ -442,6 +508,26 @@ def dense_attention_mask(
     else:
         allowed = (to >= 0) & (row >= 0)
     return allowed[None, None]
+
+
+def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
+    """A `QFormerLayer` called as the module it is, for the fused encoder."""
+    dropout = None
+    if call.dropout_key is not None:
+        image_keys = None
+        if call.features is not None:
+            tokens = call.features.shape[1]
+            image_keys = torch.arange(tokens, dtype=torch.int32, device=call.hidden.device)
+        dropout = DropoutContext(call.dropout_key, call.row_keys, call.row_keys, image_keys)
+    return layer(
+        call.hidden,
+        call.allowed,
+        call.num_queries,
+        call.features,
+        call.image_allowed,
+        None,
+        dropout,
+    )[0]
 
 
 def _check_binary(name: str, mask: Tensor) -> None:

@@ -112,10 +112,19 @@ class SoftPromptModel(nn.Module):
             mask = check_text("qformer_", qformer_input_ids, qformer_attention_mask, batch)
             ones = mask.new_ones(batch, queries.shape[1])
             text = {"input_ids": qformer_input_ids, "attention_mask": torch.cat([ones, mask], dim=1)}
-        features = self.ln_vision(features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype))
-        hidden = self.qformer(
-            queries, encoder_hidden_states=features, encoder_attention_mask=image_mask, **text
-        ).last_hidden_state[:, : queries.shape[1]]
+        features = features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype)
+        images: dict[str, Any]
+        if self.use_fused:
+            prepared = self.qformer.fused_encoder.project_images(
+                features, norm=self.ln_vision, mask=image_mask, query_rows=queries.shape[0] * queries.shape[1]
+            )
+            images = {"encoder_hidden_states": prepared}
+        else:
+            images = {
+                "encoder_hidden_states": self.ln_vision(features),
+                "encoder_attention_mask": image_mask,
+            }
+        hidden = self.qformer(queries, queries_only=True, **images, **text).last_hidden_state
         return self.language_projection(hidden.to(self.language_projection.weight.dtype))
 
     def _features(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:

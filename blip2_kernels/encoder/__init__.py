@@ -1,6 +1,8 @@
-"""The Q-Former as it is run when `use_fused=True`: packed rows through the ops."""
+"""The Q-Former as it is run when `use_fused=True`: packed rows through the ops, nothing computed twice."""
 
-from .encoder import FusedEncoder
+from .encoder import EncodedRows, FusedEncoder
 from .images import ImageKeyValues
+from .layer import LayerCall
+from .plan import Saving, Workload
 
-__all__ = ["FusedEncoder", "ImageKeyValues"]
+__all__ = ["EncodedRows", "FusedEncoder", "ImageKeyValues", "LayerCall", "Saving", "Workload"]

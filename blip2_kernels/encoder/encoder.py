@@ -1,88 +1,447 @@
 """The whole Q-Former on packed rows."""
 
-from torch import Tensor, nn
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ..checks import check_tensor, describe
-from ..layout import TokenLayout
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checks import check_binary, check_int, check_tensor, describe
+from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
 from ..ops.philox import Site, draw_key
-from .images import ImageKeyValues, project_images
-from .layer import Dropout, Pass, run_layer
+from .images import ImageFeatures, ImageKeyValues, KeyValues, normalize, project
+from .layer import (
+    CallLayer,
+    Pass,
+    Selected,
+    call_whole,
+    cross_attention_part,
+    feed_forward_part,
+    self_attention_part,
+    shared_self_attention_part,
+)
+from .modules import bypass_reason, plain_reason, projections_reason
+from .plan import Architecture, Plan, Saving, Workload, table
+from .weights import WeightCache
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """What a pass gives.
+
+    Attributes:
+        rows: [layout.rows, hidden].
+        layout: where they lie: that of the pass, without the rows that were not kept.
+    """
+
+    rows: Tensor
+    layout: TokenLayout
+
+    @property
+    def queries(self) -> Tensor:
+        """[S, Q, hidden]."""
+        return self.layout.unpack_queries(self.rows)
+
+    def text(self, segment: int = 0) -> Tensor:
+        """The rows of a text segment, [its rows, hidden]."""
+        start = self.layout.text_start(segment)
+        return self.rows[start : start + self.layout.texts[segment].rows]
+
+    def padded_text(self, segment: int = 0) -> Tensor:
+        """The same in their padded places, [S, width, hidden]; 0 where padding was dropped."""
+        return self.layout.unpack_text(self.rows, segment)
 
 
 class FusedEncoder:
-    """Runs a Q-Former on the rows of a `TokenLayout`.
+    """Runs a Q-Former on the rows of a `TokenLayout`, computing nothing twice and nothing that is not read.
 
     It holds no parameters: it reads those of the module it is given, under the names that transformers'
     `Blip2QFormerModel` and `InstructBlipQFormerModel` use, at every call. Where dropout is on, every mask
     comes from the Philox contract, so the result equals the padded plain path's in training too.
 
+    Linear layers, norms and activations are called as the modules they are wherever a saving does not need
+    to read past them. A layer that was changed (hooks, another class, another `forward`) is called whole, on
+    padded rows, through `call_layer`.
+
     Args:
-        qformer: a Q-Former with `config`, `encoder.layer` and `layernorm` or `embeddings.layernorm`.
+        qformer: a Q-Former with `config`, `encoder.layer` and `layernorm` or `embeddings.layernorm`. With a
+            true attribute `gradient_checkpointing` its layers are computed again in the backward.
+        call_layer: how to call one of its layers; None where that is not known, and changed layers are
+            refused.
     """
 
-    def __init__(self, qformer: nn.Module) -> None:
+    def __init__(self, qformer: nn.Module, call_layer: CallLayer | None = None) -> None:
         self.qformer = qformer
+        self.call_layer = call_layer
+        self.plan = Plan()
+        self._cache: WeightCache | None = None
 
-    def project_images(self, features: Tensor, *, mask: Tensor | None = None) -> ImageKeyValues:
-        """Keys and values of images [images, tokens, width] for every layer, once for all passes.
+    # ----------------------------------------------------------------------------------------------- the plan
 
-        Args:
-            features: image features, after the image LayerNorm.
-            mask: 0/1 [images, tokens] of visible tokens; default all.
+    def force(self, **savings: bool | None) -> "FusedEncoder":
+        """Switch savings on or off by name (`Saving`), whatever the plan says; None gives one back to it.
+
+        Returns:
+            This encoder.
 
         Raises:
-            TypeError, ValueError: features or mask of the wrong kind, shape or width.
+            ValueError: an unknown name. A saving that is forced on where it does not hold raises when it is
+                met.
+            TypeError: a value that is neither a bool nor None.
         """
+        self.plan.force(savings)
+        return self
+
+    def uses(self, saving: Saving) -> bool:
+        """Whether a saving is used by whoever lays out the passes (`packed_text`, `one_pass`,
+        `supervised_rows`): yes, unless it is forced off."""
+        return self.plan.decide(saving).applies
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes of the Q-Former."""
         config = self.qformer.config
-        return project_images(self.qformer.encoder.layer, config.num_attention_heads, features, mask)
+        cross = tuple(hasattr(layer, "crossattention") for layer in self.qformer.encoder.layer)
+        return Architecture(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            cross,
+            config.encoder_hidden_size,
+        )
+
+    def explain(self, work: Workload) -> str:
+        """The plan of a pass as a table: which savings apply, what each saves, and why not.
+
+        Modules that were changed are listed below it, with what is declined because of them.
+        """
+        if not isinstance(work, Workload):
+            raise TypeError(f"work: expected a Workload, got {describe(work)}")
+        architecture = self.architecture
+        lines = [table(architecture, work, self.plan.decisions(work, architecture))]
+        for number, layer in enumerate(self.qformer.encoder.layer):
+            reason = bypass_reason(layer)
+            if reason is not None:
+                lines.append(f"layer {number} is called whole, on padded rows: {reason}")
+            elif hasattr(layer, "crossattention"):
+                reason = projections_reason(layer.crossattention.attention)
+                if reason is not None:
+                    declined = ", ".join((Saving.NO_IMAGE_GRADIENT, Saving.ABSORBED, Saving.BIAS_IDENTITIES))
+                    lines.append(f"layer {number} goes without {declined}: its image {reason}")
+        return "\n".join(lines)
+
+    def prepare_inference(self) -> "FusedEncoder":
+        """Keep weights that are made from other weights between calls without gradients.
+
+        A parameter that is replaced, moved or written to is noticed, and what was made of it is made anew.
+        Writes through `.data` are not noticed, since torch does not count them: call this again then.
+
+        Returns:
+            This encoder.
+        """
+        self._cache = WeightCache()
+        return self
+
+    # --------------------------------------------------------------------------------------------- the images
+
+    def project_images(
+        self,
+        features: Tensor,
+        *,
+        norm: nn.LayerNorm | None = None,
+        mask: Tensor | None = None,
+        query_rows: int | None = None,
+        frozen: bool | None = None,
+    ) -> ImageKeyValues:
+        """Get images [images, tokens, width] ready for every layer and every pass that looks at them.
+
+        Args:
+            features: image features; behind the image LayerNorm, or in front of it where `norm` is given.
+            norm: the image LayerNorm. Its weight and bias are folded into the projections where the features
+                need no gradient.
+            mask: 0/1 [images, tokens] of visible tokens; default all.
+            query_rows: how many will look at them, in all passes together; decides whether keys and values
+                are projected or the absorbed form is taken. Default: projected.
+            frozen: whether the features come from a frozen encoder; default whether they need no gradient.
+
+        Raises:
+            TypeError, ValueError: features or mask of the wrong kind, shape or width; `frozen` that does not
+                match `features.requires_grad`; a saving forced on where it does not hold.
+        """
+        config, layers = self.qformer.config, self.qformer.encoder.layer
+        check_tensor("encoder_hidden_states", features, ["images", "tokens", config.encoder_hidden_size])
+        images, tokens, _ = features.shape
+        if mask is not None:
+            check_tensor("encoder_attention_mask", mask, [images, tokens], MASK_DTYPES, features.device)
+            check_binary("encoder_attention_mask", mask)
+        if query_rows is not None:
+            check_int("query_rows", query_rows, 0)
+        image_gradients = features.requires_grad and torch.is_grad_enabled()
+        if frozen is not None and frozen == image_gradients:
+            came = "requires_grad=True" if image_gradients else "requires_grad=False"
+            raise ValueError(f"frozen: expected {not frozen} for features with {came}, got {frozen}")
+
+        crossing = [layer for layer in layers if hasattr(layer, "crossattention")]
+        source = self._source(features, norm, image_gradients)
+        absorbed = self._absorbs(source, crossing, query_rows)
+        checkpointed = self._checkpoints()
+        once = self.plan.project_once(checkpointed).applies
+        prepared = ImageKeyValues(
+            source, (None,) * len(layers), mask, absorbed, shared=once or absorbed or checkpointed
+        )
+        if absorbed or not once:
+            return prepared
+        return dataclasses.replace(prepared, layers=tuple(self._project(layer, source) for layer in layers))
+
+    def _source(self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool) -> ImageFeatures:
+        """The features as the layers will read them."""
+        if norm is None:
+            return ImageFeatures(features)
+        hinder = plain_reason(norm, nn.LayerNorm)
+        if hinder is None and (norm.weight is None or norm.bias is None):
+            hinder = "has no weight and bias"
+        hinder = hinder and f"the image norm {hinder}"
+        features = features.to(norm.weight.dtype)
+        if self.plan.no_image_gradient(image_gradients, hinder).applies:
+            return ImageFeatures(normalize(features, norm), norm)
+        return ImageFeatures(norm(features))
+
+    def _absorbs(self, source: ImageFeatures, crossing: Sequence[nn.Module], query_rows: int | None) -> bool:
+        """Whether cross-attention takes the absorbed form on these images."""
+        if query_rows is None and not self.plan.forced.get(Saving.ABSORBED):
+            return False
+        images, tokens, _ = source.values.shape
+        reasons = (
+            bypass_reason(layer) or projections_reason(layer.crossattention.attention) for layer in crossing
+        )
+        hinder = next((reason for reason in reasons if reason is not None), None)
+        gradients = torch.is_grad_enabled() and self._needs_gradient(source)
+        work = Workload(
+            0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients
+        )
+        return self.plan.absorbed(work, self.architecture, hinder).applies
+
+    def _project(self, layer: nn.Module, features: ImageFeatures) -> KeyValues | None:
+        """A layer's keys and values; None where it has none or is called whole."""
+        if not hasattr(layer, "crossattention") or bypass_reason(layer) is not None:
+            return None
+        attention = layer.crossattention.attention
+        attention_dropout = self._drops() and attention.attention_dropout > 0
+        return project(
+            attention,
+            self.qformer.config.num_attention_heads,
+            features,
+            read_weights=projections_reason(attention) is None,
+            bias_identities=self.plan.bias_identities(attention_dropout).applies,
+            cache=self._cache,
+        )
+
+    # ------------------------------------------------------------------------------------------------- a pass
 
     def __call__(
         self,
-        rows: Tensor,
+        queries: Tensor | None,
+        texts: Sequence[Tensor],
         layout: TokenLayout,
         mask: AttentionMask,
         images: ImageKeyValues | None = None,
         image_index: Tensor | None = None,
         *,
+        keep_queries: bool = True,
+        keep_texts: Sequence[Selection] | None = None,
         dropout_key: Tensor | None = None,
-    ) -> Tensor:
+    ) -> EncodedRows:
         """Encode embedded rows.
 
         Args:
-            rows: [layout.rows, hidden], query tokens and embedded text (word + position), before the first
-                LayerNorm; `layout.pack` lays them out.
+            queries: query tokens before the first LayerNorm, [S, Q, hidden], or [1, Q, hidden] where all
+                samples start from the same; None where Q = 0.
+            texts: embedded text (word + position) before the first LayerNorm, the packed rows [rows, hidden]
+                of each segment.
             layout: where the rows lie.
             mask: one mode a text segment.
             images: from `project_images`; needed wherever there are queries.
             image_index: int32 [S]; default sample s looks at image s.
+            keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
+                all.
             dropout_key: int64 [] from `draw_key`, so that several passes can share a step's key; default a
                 new one where the Q-Former is training with dropout.
 
         Returns:
-            [layout.rows, hidden].
+            `EncodedRows`.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind or shape, or parts that do not belong
-                together.
+            TypeError, ValueError: an argument of the wrong kind or shape, parts that do not belong together,
+                or a saving that is forced on where it does not hold.
         """
-        config = self.qformer.config
+        queries, texts = self._check(queries, texts, layout, mask, images)
+        layers = self.qformer.encoder.layer
+        keep_texts = tuple(keep_texts) if keep_texts is not None else ("all",) * len(texts)
+        key = None
+        if self._drops():
+            device = layout.device
+            key = draw_key(device) if dropout_key is None else dropout_key
+        run = Pass(layout, mask, self.qformer.config.num_attention_heads, images, image_index, key)
+        kept = Selected.of(layout, keep_queries, keep_texts)
+        whole = [bypass_reason(layer) for layer in layers]
+        shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep_texts)
+
+        hidden = self._embed(queries, texts, run, shared)
+        for number, layer in enumerate(layers):
+            if whole[number] is not None:
+                if self.call_layer is None:
+                    raise ValueError(
+                        "qformer: expected layers as they were built, or a call_layer, got a layer "
+                        f"{number} that must be called whole: {whole[number]}"
+                    )
+                hidden = call_whole(layer, hidden, run, self.call_layer)
+                continue
+            selected = kept if early and number == len(layers) - 1 else None
+            arguments = (layer, number, hidden, run, shared and number == 0, selected)
+            if self._checkpoints():
+                hidden = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = self._layer(*arguments)
+        if kept is None:
+            return EncodedRows(hidden, layout)
+        return EncodedRows(hidden if early else hidden.index_select(0, kept.index), kept.layout)
+
+    def _layer(
+        self, layer: nn.Module, number: int, hidden: Tensor, run: Pass, shared: bool, kept: Selected | None
+    ) -> Tensor:
+        """One layer. With `shared` the buffer holds one sample's queries and the text rows."""
+        layout = run.layout if kept is None else kept.layout
+        if shared:
+            count = run.layout.num_queries
+            text = hidden[count:] if hidden.shape[0] > count else None
+            queries, text = shared_self_attention_part(layer, hidden[:count], text, run)
+        else:
+            rows = self_attention_part(layer, number, hidden, run, kept)
+            count = layout.query_rows
+            queries = rows[:count] if count else None
+            text = rows[count:] if rows.shape[0] > count else None
+        if queries is not None:
+            if hasattr(layer, "crossattention"):
+                names = layout.row_keys[: layout.query_rows]
+                images = self._key_values(layer, number, run)
+                queries = cross_attention_part(layer, number, queries, names, run, images)
+            elif queries.shape[0] < layout.query_rows:
+                queries = queries.repeat(layout.samples, 1)
+        if queries is None and text is None:
+            return hidden[:0]
+        return feed_forward_part(layer, number, queries, text, layout.row_keys, run)
+
+    def _key_values(self, layer: nn.Module, number: int, run: Pass) -> KeyValues | None:
+        """A layer's keys and values, made here where they were not before; None for the absorbed form."""
+        images = run.images
+        if images.layers[number] is not None:
+            return images.layers[number]
+        if images.absorbed:
+            return None
+        features = images.features
+        if not images.shared and run.image_index is not None:
+            features = features.of_samples(run.image_index)
+        return self._project(layer, features)
+
+    def _decide(
+        self,
+        run: Pass,
+        queries: Tensor | None,
+        some_rows: bool,
+        whole: Sequence[str | None],
+        keep_queries: bool,
+        keep_texts: tuple[Selection, ...],
+    ) -> tuple[bool, bool]:
+        """Whether the first layer's queries are shared, and the last layer computes kept rows only."""
+        layout = run.layout
+        rows = tuple(text.rows for text in layout.texts)
+        work = Workload(
+            layout.samples,
+            layout.num_queries,
+            run.mask.modes,
+            rows,
+            rows,
+            dropout=run.dropout_key is not None,
+            shared_queries=queries is not None and queries.shape[0] == 1,
+            keep_queries=keep_queries,
+            keep_texts=keep_texts,
+        )
+        if not whole:
+            return False, False
+        early = some_rows and self.plan.dead_rows(work, whole[-1]).applies
+        shared = self.plan.shared_first_layer(work).applies
+        # One layer alone is first and last; a layer that is called whole wants every row.
+        return shared and len(whole) > 1 and whole[0] is None, early
+
+    def _embed(self, queries: Tensor | None, texts: Sequence[Tensor], run: Pass, shared: bool) -> Tensor:
+        """Rows behind the first LayerNorm and its dropout."""
+        layout = run.layout
+        parts = []
+        if queries is not None:
+            if not shared:
+                queries = queries.expand(layout.samples, -1, -1)
+            parts.append(queries.flatten(0, 1))
+        parts.extend(texts)
+        rows = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts])
+        inside = getattr(self.qformer, "layernorm", None) is None
+        owner = self.qformer.embeddings if inside else self.qformer
+        rows = owner.layernorm(rows.to(owner.layernorm.weight.dtype))
+        return run.drop(rows, owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
+
+    def _check(
+        self,
+        queries: Tensor | None,
+        texts: Sequence[Tensor],
+        layout: TokenLayout,
+        mask: AttentionMask,
+        images: ImageKeyValues | None,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        hidden = self.qformer.config.hidden_size
         if not isinstance(layout, TokenLayout):
             raise TypeError(f"layout: expected a TokenLayout, got {describe(layout)}")
-        check_tensor("rows", rows, [layout.rows, config.hidden_size])
         if not isinstance(mask, AttentionMask):
             raise TypeError(f"mask: expected an AttentionMask, got {describe(mask)}")
         mask.check(layout)
-        if layout.query_rows and images is None:
-            raise ValueError("images: expected ImageKeyValues where there are queries, got None")
-        norm = getattr(self.qformer, "layernorm", None) or self.qformer.embeddings.layernorm
-        dropout = Dropout()
-        if self.qformer.training and (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
-            key = draw_key(rows.device) if dropout_key is None else dropout_key
-            dropout = Dropout(config.hidden_dropout_prob, config.attention_probs_dropout_prob, key)
+        if len(texts) != len(layout.texts):
+            raise ValueError(f"texts: expected {len(layout.texts)}, one a text segment, got {len(texts)}")
+        for i, (text, segment) in enumerate(zip(texts, layout.texts, strict=True)):
+            check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
+        if not layout.num_queries:
+            if queries is not None:
+                raise ValueError(f"queries: expected None for a layout without, got {describe(queries)}")
+            return None, list(texts)
+        check_tensor("queries", queries, ["S or 1", layout.num_queries, hidden], device=layout.device)
+        if queries.shape[0] not in (1, layout.samples):
+            expected = f"[{layout.samples} or 1, {layout.num_queries}, {hidden}]"
+            raise ValueError(f"queries: expected {expected}, got {list(queries.shape)}")
+        if not isinstance(images, ImageKeyValues):
+            raise ValueError(
+                f"images: expected ImageKeyValues where there are queries, got {describe(images)}"
+            )
+        if len(images.layers) != len(self.qformer.encoder.layer):
+            raise ValueError(
+                f"images: expected those of a Q-Former with {len(self.qformer.encoder.layer)} layers, got "
+                f"{len(images.layers)}"
+            )
+        return queries, list(texts)
 
-        hidden = dropout.apply(norm(rows.to(norm.weight.dtype)), layout.row_keys, 0, Site.EMBEDDINGS)
-        run = Pass(layout, mask, config.num_attention_heads, images, image_index, dropout)
-        for number, layer in enumerate(self.qformer.encoder.layer):
-            hidden = run_layer(layer, number, hidden, run)
-        return hidden
+    # ----------------------------------------------------------------------------------- what the module says
+
+    def _drops(self) -> bool:
+        config = self.qformer.config
+        rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob)
+        return self.qformer.training and any(rate > 0 for rate in rates)
+
+    def _checkpoints(self) -> bool:
+        on = getattr(self.qformer, "gradient_checkpointing", False) and self.qformer.training
+        return on and torch.is_grad_enabled()
+
+    def _needs_gradient(self, source: ImageFeatures) -> bool:
+        parameters = itertools.chain(
+            self.qformer.parameters(), () if source.norm is None else source.norm.parameters()
+        )
+        return source.values.requires_grad or any(parameter.requires_grad for parameter in parameters)

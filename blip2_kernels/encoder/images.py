@@ -1,61 +1,133 @@
 """What the images contribute to the cross-attention layers, made once for every pass that looks at them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_binary, check_tensor
-from ..layout import MASK_DTYPES
+from .weights import FoldedLinear, WeightCache
+
+__all__ = ["ImageFeatures", "ImageKeyValues", "KeyValues"]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Image features as the cross-attention layers read them: values * norm.weight + norm.bias.
+
+    Attributes:
+        values: [images, tokens, width]; behind the whole norm, or normalised only where `norm` is given.
+        norm: the image LayerNorm whose weight and bias are still to be applied, or None. Folded into the key
+            and value weights they cost nothing, and no gradient of an image's size exists.
+    """
+
+    values: Tensor
+    norm: nn.LayerNorm | None = None
+
+    @cached_property
+    def behind_norm(self) -> Tensor:
+        """[images, tokens, width] behind the whole norm, for modules that have to be called."""
+        if self.norm is None:
+            return self.values
+        # autocast leaves the output of a norm in fp32, as this does.
+        return self.values * self.norm.weight + self.norm.bias
+
+    def of_samples(self, image_index: Tensor) -> "ImageFeatures":
+        """The same with one copy a sample."""
+        return ImageFeatures(self.values.index_select(0, image_index.long()), self.norm)
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """One layer's keys and values of a set of images.
+
+    Attributes:
+        key, value: [images, tokens, heads, head_dim].
+        context_bias: [hidden] to be added to what is read from an image with a visible token, or None: the
+            value bias, which the probabilities, that sum to one, leave as it is.
+    """
+
+    key: Tensor
+    value: Tensor
+    context_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ImageKeyValues:
-    """Keys and values of a set of images for each layer of a Q-Former.
+    """A set of images, ready for any number of passes of a Q-Former.
 
     Attributes:
-        layers: one entry a layer: (key, value), each [images, tokens, heads, head_dim], or None where the
-            layer has no cross-attention.
-        images: how many images; samples point at them through `image_index`.
+        features: what the layers read.
+        layers: one entry a layer: its keys and values, or None where it has no cross-attention or makes them
+            itself (absorbed cross-attention, checkpointed layers, layers that are called as modules).
         mask: 0/1 [images, tokens], or None where every token is visible.
+        absorbed: layers without keys and values attend to the features themselves.
+        shared: an image is projected once for all samples that look at it, not once a sample.
     """
 
-    layers: tuple[tuple[Tensor, Tensor] | None, ...]
-    images: int
+    features: ImageFeatures
+    layers: tuple[KeyValues | None, ...]
     mask: Tensor | None = None
+    absorbed: bool = False
+    shared: bool = True
+
+    @property
+    def images(self) -> int:
+        """How many images; samples point at them through `image_index`."""
+        return self.features.values.shape[0]
+
+    def __len__(self) -> int:
+        return self.images
 
 
-def project_images(
-    layers: nn.ModuleList, heads: int, features: Tensor, mask: Tensor | None = None
-) -> ImageKeyValues:
-    """Project image features to every cross-attention layer's keys and values.
+def normalize(features: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Features with mean 0 and variance 1, as the norm makes them before its weight and bias."""
+    normalized = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
+    if torch.is_autocast_enabled(features.device.type):
+        # Every projection would round them anew.
+        normalized = normalized.to(torch.get_autocast_dtype(features.device.type))
+    return normalized
+
+
+def project(
+    attention: nn.Module,
+    heads: int,
+    features: ImageFeatures,
+    *,
+    read_weights: bool,
+    bias_identities: bool,
+    cache: WeightCache | None,
+) -> KeyValues:
+    """One layer's keys and values of all images.
 
     Args:
-        layers: the Q-Former's layers.
+        attention: with the linear layers `key` and `value`.
         heads: attention heads.
-        features: [images, tokens, width], cast to the weights' dtype.
-        mask: 0/1 [images, tokens] of visible tokens; default all.
-
-    Raises:
-        TypeError, ValueError: features or mask of the wrong kind, shape or width.
+        features: of the images.
+        read_weights: whether the linear layers may be gone around; else they are called as modules.
+        bias_identities: leave the key bias out, which cancels in the softmax (its gradient is 0), and the
+            value bias to `context_bias`.
+        cache: folded weights, made by `prepare_inference`; None to fold at every call.
     """
-    check_tensor("encoder_hidden_states", features, ["images", "tokens", "width"])
-    images, tokens, width = features.shape
-    if mask is not None:
-        check_tensor("encoder_attention_mask", mask, [images, tokens], MASK_DTYPES, features.device)
-        check_binary("encoder_attention_mask", mask)
-    projected: list[tuple[Tensor, Tensor] | None] = []
-    for layer in layers:
-        cross = getattr(layer, "crossattention", None)
-        if cross is None:
-            projected.append(None)
-            continue
-        key, value = cross.attention.key, cross.attention.value
-        if width != key.in_features:
-            expected = f"[images, tokens, {key.in_features}]"
-            raise ValueError(f"encoder_hidden_states: expected {expected}, got {list(features.shape)}")
-        cast = (
-            features.to(key.weight.dtype) if not torch.is_autocast_enabled(features.device.type) else features
+    if not read_weights:
+        values = features.behind_norm
+        if not torch.is_autocast_enabled(values.device.type):
+            values = values.to(attention.key.weight.dtype)
+        key, value = attention.key(values), attention.value(values)
+        return KeyValues(key.unflatten(-1, (heads, -1)), value.unflatten(-1, (heads, -1)))
+    values = features.values
+    if not torch.is_autocast_enabled(values.device.type):
+        values = values.to(attention.key.weight.dtype)
+    fold = cache.fold if cache is not None else FoldedLinear.fold
+    key, value = (fold(linear, features.norm) for linear in (attention.key, attention.value))
+    context_bias = None
+    if bias_identities:
+        key_rows, value_rows = F.linear(values, key.weight_without_bias), F.linear(values, value.weight)
+        context_bias = value.bias
+    else:
+        key_rows, value_rows = (
+            F.linear(values, key.weight, key.bias),
+            F.linear(values, value.weight, value.bias),
         )
-        projected.append(tuple(linear(cast).unflatten(-1, (heads, -1)) for linear in (key, value)))
-    return ImageKeyValues(tuple(projected), images, mask)
+    return KeyValues(key_rows.unflatten(-1, (heads, -1)), value_rows.unflatten(-1, (heads, -1)), context_bias)

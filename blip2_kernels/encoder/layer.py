@@ -4,37 +4,43 @@ Linear layers, norms and activations are called as the modules they are, so what
 adapters, quantised weights) goes on working.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..layout import TokenLayout
+from ..layout import Selection, TokenLayout
 from ..mask import AttentionMask
-from ..ops import cross_attention, self_attention
+from ..ops import cross_attention, latent_attention, self_attention
 from ..ops.philox import Site, dropout_hidden
-from .images import ImageKeyValues
+from .images import ImageKeyValues, KeyValues
 
 
 @dataclass(frozen=True)
-class Dropout:
-    """The dropout of a pass; both probabilities are 0 outside training.
+class LayerCall:
+    """A layer's arguments in the padded form, for a layer that has to be called as the module it is.
 
     Attributes:
-        hidden: probability at the ends of attention, cross-attention and feed-forward.
-        attention: probability of dropping an attention probability.
-        key: int64 [] Philox key of the step, or None where nothing is dropped.
+        hidden: [S, L, C], query rows first, then the rows of every text.
+        allowed: bool [S, 1, L, L], True where a row may attend.
+        num_queries: Q.
+        features: [S, tokens, width] behind the image norm, or None without queries.
+        image_allowed: bool [S, 1, 1, tokens], or None for all.
+        dropout_key: int64 [], or None where nothing is dropped.
+        row_keys: int32 [S, L].
     """
 
-    hidden: float = 0.0
-    attention: float = 0.0
-    key: Tensor | None = None
+    hidden: Tensor
+    allowed: Tensor
+    num_queries: int
+    features: Tensor | None
+    image_allowed: Tensor | None
+    dropout_key: Tensor | None
+    row_keys: Tensor
 
-    def apply(self, x: Tensor, row_keys: Tensor, layer: int, site: Site) -> Tensor:
-        """Drop hidden elements of x [rows, C]."""
-        if self.hidden == 0:
-            return x
-        return dropout_hidden(x, self.hidden, self.key, row_keys, layer=layer, site=site)
+
+CallLayer = Callable[[nn.Module, LayerCall], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class Pass:
     Attributes:
         layout, mask: the rows and who may attend to whom.
         heads: attention heads.
-        images: keys and values of the images, None where no layer needs them.
+        images: what the images contribute, None where no layer needs them.
         image_index: int32 [S], the image each sample looks at; None for its own.
-        dropout: probabilities and key.
+        dropout_key: int64 [] Philox key of the step, or None where nothing is dropped.
     """
 
     layout: TokenLayout
@@ -54,78 +60,261 @@ class Pass:
     heads: int
     images: ImageKeyValues | None
     image_index: Tensor | None
-    dropout: Dropout
+    dropout_key: Tensor | None
+
+    def drop(self, x: Tensor, dropout: nn.Dropout, names: Tensor, layer: int, site: Site) -> Tensor:
+        """Drop hidden elements of x [rows, C] at the rate of a dropout module."""
+        if self.dropout_key is None or dropout.p == 0:
+            return x
+        return dropout_hidden(x, dropout.p, self.dropout_key, names, layer=layer, site=site)
+
+    def attention_dropout(self, attention: nn.Module, layer: int) -> dict[str, object]:
+        """The dropout arguments of an attention op."""
+        rate = attention.attention_dropout if self.dropout_key is not None else 0.0
+        return {"dropout": rate, "dropout_key": self.dropout_key, "layer": layer}
 
 
-def run_layer(layer: nn.Module, number: int, rows: Tensor, run: Pass) -> Tensor:
-    """Run one layer.
+@dataclass(frozen=True)
+class Selected:
+    """The rows that are read of a layer's result.
+
+    Attributes:
+        layout: where they lie.
+        index: int64 [its rows], their numbers among all rows.
+    """
+
+    layout: TokenLayout
+    index: Tensor
+
+    @classmethod
+    def of(cls, layout: TokenLayout, queries: bool, texts: Sequence[Selection]) -> "Selected | None":
+        """None where every row is read."""
+        if (queries or not layout.query_rows) and all(choice == "all" for choice in texts):
+            return None
+        return cls(*layout.select(queries=queries, texts=texts))
+
+
+def self_attention_part(
+    layer: nn.Module, number: int, rows: Tensor, run: Pass, kept: Selected | None = None
+) -> Tensor:
+    """The first third of a layer: masked self-attention with its output block.
 
     Args:
-        layer: with `attention`, maybe `crossattention`, and the feed-forward networks of queries
-            (`intermediate_query`, `output_query`) and text (`intermediate`, `output`).
+        layer: with `attention`.
         number: its place, from 0.
         rows: [layout.rows, hidden].
         run: the pass it belongs to.
+        kept: the rows to compute, None for all.
 
     Returns:
-        [layout.rows, hidden].
+        [kept rows, hidden].
     """
-    layout, dropout = run.layout, run.dropout
-    projections = layer.attention.attention
+    attention = layer.attention.attention
+    layout, asking = run.layout, rows
+    if kept is not None:
+        layout, asking = kept.layout, rows.index_select(0, kept.index)
+    split = (run.heads, -1)
+    q = attention.query(asking).unflatten(-1, split)
+    k, v = (linear(rows).unflatten(-1, split) for linear in (attention.key, attention.value))
+    drop = run.attention_dropout(attention, number)
+    context = self_attention(q, k, v, layout, run.layout, run.mask, scale=attention.scaling, **drop)
+    return _add_norm(
+        layer.attention.output, context.flatten(1), asking, layout.row_keys, number, Site.SELF_OUTPUT, run
+    )
+
+
+def shared_self_attention_part(
+    layer: nn.Module, queries: Tensor, text: Tensor | None, run: Pass
+) -> tuple[Tensor, Tensor | None]:
+    """The same in the first layer, where all samples still have the same queries and nothing is dropped.
+
+    Args:
+        layer: with `attention`.
+        queries: [Q, hidden], one sample's.
+        text: [text rows, hidden], or None.
+        run: the pass it belongs to.
+
+    Returns:
+        The queries, of one sample if they see no text, else of all; and the text rows.
+    """
+    attention, output = layer.attention.attention, layer.attention.output
+    layout, split = run.layout, (run.heads, -1)
+    rows = queries if text is None else torch.cat([queries, text])
     q, k, v = (
-        linear(rows).unflatten(-1, (run.heads, -1))
-        for linear in (projections.query, projections.key, projections.value)
+        linear(rows).unflatten(-1, split) for linear in (attention.query, attention.key, attention.value)
     )
-    drop = {"dropout": dropout.attention, "dropout_key": dropout.key, "layer": number}
-    context = self_attention(q, k, v, layout, layout, run.mask, **drop)
-    names = layout.row_keys
-    rows = _add_norm(
-        layer.attention.output, context.flatten(1), rows, names, number, Site.SELF_OUTPUT, dropout
-    )
+    count, samples = queries.shape[0], layout.samples
 
-    count = layout.query_rows
-    outputs = []
-    if count:
-        queries, query_names = rows[:count], names[:count]
-        if hasattr(layer, "crossattention"):
-            queries = _cross_attention(layer.crossattention, number, queries, query_names, run)
-        network = (layer.intermediate_query, layer.output_query)
-        outputs.append(_feed_forward(*network, queries, query_names, number, dropout))
-    if layout.rows > count:
-        outputs.append(
-            _feed_forward(layer.intermediate, layer.output, rows[count:], names[count:], number, dropout)
+    def spread(t: Tensor) -> Tensor:
+        """One sample's query rows repeated for all, and the text rows behind them."""
+        return torch.cat([t[:count].expand(samples, -1, *t.shape[1:]).flatten(0, 1), t[count:]])
+
+    if text is not None and run.mask.joins_queries_and_text:
+        context = self_attention(
+            spread(q), spread(k), spread(v), layout, layout, run.mask, scale=attention.scaling
         )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else rows
+        rows = spread(rows)
+        rows = output.LayerNorm(rows + output.dense(context.flatten(1)))
+        return rows[: layout.query_rows], rows[layout.query_rows :]
 
-
-def _cross_attention(module: nn.Module, number: int, queries: Tensor, names: Tensor, run: Pass) -> Tensor:
-    key, value = run.images.layers[number]
-    shape = (run.layout.samples, run.layout.num_queries)
-    q = module.attention.query(queries).unflatten(-1, (run.heads, -1)).unflatten(0, shape)
-    context = cross_attention(
-        q,
-        key,
-        value,
-        image_index=run.image_index,
-        image_mask=run.images.mask,
-        row_keys=names.unflatten(0, shape),
-        dropout=run.dropout.attention,
-        dropout_key=run.dropout.key,
-        layer=number,
+    one = TokenLayout.from_attention_masks(count, samples=1, device=rows.device)
+    context = self_attention(
+        q[:count], k[:count], v[:count], one, one, AttentionMask(), scale=attention.scaling
     )
-    context = context.flatten(0, 1).flatten(1)
-    return _add_norm(module.output, context, queries, names, number, Site.CROSS_OUTPUT, run.dropout)
+    if text is not None:
+        texts, _ = layout.select(queries=False)
+        read = self_attention(
+            q[count:], spread(k), spread(v), texts, layout, run.mask, scale=attention.scaling
+        )
+        context = torch.cat([context, read])
+    rows = output.LayerNorm(rows + output.dense(context.flatten(1)))
+    return rows[:count], rows[count:] if text is not None else None
 
 
-def _feed_forward(
-    intermediate: nn.Module, output: nn.Module, rows: Tensor, names: Tensor, number: int, dropout: Dropout
+def cross_attention_part(
+    layer: nn.Module, number: int, queries: Tensor, names: Tensor, run: Pass, images: KeyValues | None
 ) -> Tensor:
-    inner = intermediate.intermediate_act_fn(intermediate.dense(rows))
-    return _add_norm(output, inner, rows, names, number, Site.FEED_FORWARD, dropout)
+    """The second third of a layer: the queries read the images.
+
+    Args:
+        layer: with `crossattention`.
+        number: its place, from 0.
+        queries: [S * Q, hidden], or [Q, hidden] where all samples have the same.
+        names: int32 [S * Q], their row keys.
+        run: the pass it belongs to.
+        images: keys and values of this layer, or None for the absorbed form.
+
+    Returns:
+        [S * Q, hidden].
+    """
+    attention = layer.crossattention.attention
+    samples, count = run.layout.samples, run.layout.num_queries
+    q = attention.query(queries).unflatten(-1, (run.heads, -1)).unflatten(0, (-1, count))
+    q = q.expand(samples, -1, -1, -1)
+    if images is None:
+        context = _absorbed(attention, q, run)
+    else:
+        context = cross_attention(
+            q,
+            images.key,
+            images.value,
+            image_index=run.image_index if run.images.shared else None,
+            image_mask=_mask_of_samples(run),
+            row_keys=names.unflatten(0, (samples, count)),
+            scale=attention.scaling,
+            **run.attention_dropout(attention, number),
+        ).flatten(2)
+        if images.context_bias is not None:
+            context = context + _seen(run, images.context_bias)
+    residual = queries.unflatten(0, (-1, count)).expand(samples, -1, -1).flatten(0, 1)
+    return _add_norm(
+        layer.crossattention.output, context.flatten(0, 1), residual, names, number, Site.CROSS_OUTPUT, run
+    )
+
+
+def feed_forward_part(
+    layer: nn.Module, number: int, queries: Tensor | None, text: Tensor | None, names: Tensor, run: Pass
+) -> Tensor:
+    """The last third of a layer: a network for the query rows, another for the text rows.
+
+    Args:
+        layer: with `intermediate_query` and `output_query`, `intermediate` and `output`.
+        number: its place, from 0.
+        queries, text: [rows, hidden] each, or None.
+        names: int32 [rows of both], their row keys.
+        run: the pass it belongs to.
+
+    Returns:
+        [rows of both, hidden].
+    """
+    outputs, done = [], 0
+    for kind, rows in (("_query", queries), ("", text)):
+        if rows is None:
+            continue
+        intermediate, output = getattr(layer, f"intermediate{kind}"), getattr(layer, f"output{kind}")
+        inner = intermediate.intermediate_act_fn(intermediate.dense(rows))
+        own = names[done : done + rows.shape[0]]
+        outputs.append(_add_norm(output, inner, rows, own, number, Site.FEED_FORWARD, run))
+        done += rows.shape[0]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def call_whole(layer: nn.Module, rows: Tensor, run: Pass, call: CallLayer) -> Tensor:
+    """Run a layer as the module it is, on padded rows."""
+    layout = run.layout
+    dense = layout.dense()
+    features = image_allowed = None
+    if layout.query_rows and hasattr(layer, "crossattention"):
+        features, mask = run.images.features.behind_norm, run.images.mask
+        if run.image_index is not None:
+            index = run.image_index.long()
+            features, mask = features[index], None if mask is None else mask[index]
+        image_allowed = None if mask is None else (mask != 0)[:, None, None, :]
+    hidden = call(
+        layer,
+        LayerCall(
+            dense.spread(rows),
+            run.mask.dense(layout)[:, None],
+            layout.num_queries,
+            features,
+            image_allowed,
+            run.dropout_key,
+            dense.row_keys,
+        ),
+    )
+    return dense.collect(hidden)
+
+
+def _absorbed(attention: nn.Module, q: Tensor, run: Pass) -> Tensor:
+    """Cross-attention on the features themselves, [S, Q, hidden].
+
+        scores = q (I W_k^T)^T = (q W_k) I^T        context = P (I W_v^T) = (P I) W_v^T
+
+    The key bias adds the same to all scores of a row, which the softmax takes out again.
+    """
+    features, heads = run.images.features, run.heads
+    samples, count, _, head_dim = q.shape
+    norm = features.norm
+    key = attention.key.weight.unflatten(0, (heads, head_dim))  # [heads, head_dim, width]
+    value = attention.value.weight.unflatten(0, (heads, head_dim))
+    by_head = q.to(key.dtype).flatten(0, 1).transpose(0, 1)  # [heads, S * Q, head_dim]
+    latent = by_head @ key  # [heads, S * Q, width]
+    if norm is not None:
+        latent = latent * norm.weight
+    latent = latent.transpose(0, 1).reshape(samples, count * heads, -1).to(features.values.dtype)
+    index = run.image_index if run.images.shared else None
+    read = latent_attention(
+        latent, features.values, scale=attention.scaling, image_index=index, image_mask=_mask_of_samples(run)
+    )
+    read = read.view(samples * count, heads, -1).transpose(0, 1).to(value.dtype)  # [heads, S * Q, width]
+    if norm is not None:
+        read = read * norm.weight
+    context = (read @ value.transpose(1, 2)).transpose(0, 1).reshape(samples, count, -1)
+    bias = attention.value.bias
+    if norm is not None:
+        bias = torch.nn.functional.linear(norm.bias, attention.value.weight, bias)
+    return context if bias is None else context + _seen(run, bias)
+
+
+def _mask_of_samples(run: Pass) -> Tensor | None:
+    mask = run.images.mask
+    if mask is None or run.images.shared or run.image_index is None:
+        return mask
+    return mask.index_select(0, run.image_index.long())
+
+
+def _seen(run: Pass, bias: Tensor) -> Tensor:
+    """A value bias as the context has it: nothing where an image has no visible token."""
+    mask = run.images.mask
+    if mask is None:
+        return bias
+    seen = (mask != 0).any(1)
+    seen = seen if run.image_index is None else seen.index_select(0, run.image_index.long())
+    return seen.to(bias.dtype)[:, None, None] * bias
 
 
 def _add_norm(
-    output: nn.Module, x: Tensor, residual: Tensor, names: Tensor, number: int, site: Site, dropout: Dropout
+    output: nn.Module, x: Tensor, residual: Tensor, names: Tensor, number: int, site: Site, run: Pass
 ) -> Tensor:
     """LayerNorm(residual + dropout(dense(x))): how each of the three parts of a layer ends."""
-    return output.LayerNorm(residual + dropout.apply(output.dense(x), names, number, site))
+    return output.LayerNorm(residual + run.drop(output.dense(x), output.dropout, names, number, site))

@@ -20,13 +20,19 @@ MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
 def qformer(kind=Blip2QFormerModel, config=Blip2QFormerConfig, **options):
     torch.manual_seed(0)
     extra = {"use_qformer_text_input": True} if config is Blip2QFormerConfig else {}
-    model = kind(config(**SIZES, **extra, **options)).double().eval()
+    model = kind(config(**{**SIZES, **extra, **options})).double().eval()
     for name, parameter in model.named_parameters():
         # Sharp attention and lively norms: a wrong score must move the output by far more than rounding.
         torch.nn.init.uniform_(parameter, 0.5, 1.5) if "orm.weight" in name else torch.nn.init.normal_(
             parameter
         )
     return model
+
+
+def encode(encoder, queries, texts, layout, mask, images=None, image_index=None, **options):
+    """A pass on padded texts [S, T, C]."""
+    rows = [text.flatten(0, 1)[segment.source] for text, segment in zip(texts, layout.texts, strict=True)]
+    return encoder(queries, rows, layout, mask, images, image_index, **options)
 
 
 def inputs(samples=4):
@@ -45,12 +51,10 @@ def test_equals_transformers_with_text(padded):
     ).last_hidden_state
     layout = TokenLayout.from_attention_masks(5, [MASK], padded=padded)
     encoder = FusedEncoder(model)
-    rows = encoder(
-        layout.pack(queries, [text]), layout, AttentionMask((B,)), encoder.project_images(features)
-    )
+    out = encode(encoder, queries, [text], layout, AttentionMask((B,)), encoder.project_images(features))
     if not padded:
         expected = expected * whole[..., None]
-    got = torch.cat([layout.unpack_queries(rows), layout.unpack_text(rows)], 1)
+    got = torch.cat([out.queries, out.padded_text()], 1)
     assert max_error(got, expected) < 1e-10
 
 
@@ -64,8 +68,8 @@ def test_equals_instructblip_with_padded_images():
     layout = TokenLayout.from_attention_masks(5, samples=4)
     encoder = FusedEncoder(model)
     images = encoder.project_images(features, mask=visible)
-    rows = encoder(layout.pack(queries), layout, AttentionMask(), images)
-    assert max_error(layout.unpack_queries(rows), expected.last_hidden_state) < 1e-10
+    out = encode(encoder, queries, [], layout, AttentionMask(), images)
+    assert max_error(out.queries, expected.last_hidden_state) < 1e-10
 
 
 def test_one_pass_equals_its_parts():
@@ -76,22 +80,17 @@ def test_one_pass_equals_its_parts():
     encoder = FusedEncoder(model)
     images = encoder.project_images(features)
     both = TokenLayout.from_attention_masks(5, [MASK, flipped])
-    rows = encoder(both.pack(queries, [text, caption]), both, AttentionMask((U, C)), images)
+    out = encode(encoder, queries, [text, caption], both, AttentionMask((U, C)), images)
 
     alone = TokenLayout.from_attention_masks(5, samples=4)
-    assert (
-        max_error(
-            both.unpack_queries(rows),
-            encoder(queries.flatten(0, 1), alone, AttentionMask(), images).view(4, 5, 24),
-        )
-        < 1e-12
-    )
+    expected = encode(encoder, queries, [], alone, AttentionMask(), images)
+    assert max_error(out.queries, expected.queries) < 1e-12
     contrastive = TokenLayout.from_attention_masks(0, [MASK])
-    expected = encoder(contrastive.pack(None, [text]), contrastive, AttentionMask((U,)))
-    assert max_error(both.unpack_text(rows, 0), contrastive.unpack_text(expected)) < 1e-12
+    expected = encode(encoder, None, [text], contrastive, AttentionMask((U,)))
+    assert max_error(out.padded_text(0), expected.padded_text()) < 1e-12
     grounded = TokenLayout.from_attention_masks(5, [flipped])
-    expected = encoder(grounded.pack(queries, [caption]), grounded, AttentionMask((C,)), images)
-    assert max_error(both.unpack_text(rows, 1), grounded.unpack_text(expected)) < 1e-12
+    expected = encode(encoder, queries, [caption], grounded, AttentionMask((C,)), images)
+    assert max_error(out.padded_text(1), expected.padded_text()) < 1e-12
 
 
 def test_an_image_is_projected_once_for_all_its_samples():
@@ -100,16 +99,17 @@ def test_an_image_is_projected_once_for_all_its_samples():
     encoder = FusedEncoder(model)
     layout = TokenLayout.from_attention_masks(5, [MASK])
     index = torch.tensor([1, 1, 0, 1], dtype=torch.int32)
-    packed = layout.pack(queries, [text])
     calls = []
     handle = model.encoder.layer[0].crossattention.attention.key.register_forward_hook(
         lambda module, args, out: calls.append(args[0].shape[0])
     )
-    shared = encoder(packed, layout, AttentionMask((B,)), encoder.project_images(features[:2]), index)
+    mask, images = AttentionMask((B,)), encoder.project_images(features[:2])
+    shared = encode(encoder, queries, [text], layout, mask, images, index)
     handle.remove()
-    repeated = encoder(packed, layout, AttentionMask((B,)), encoder.project_images(features[index.long()]))
+    images = encoder.project_images(features[index.long()])
+    repeated = encode(encoder, queries, [text], layout, mask, images)
     assert calls == [2]
-    assert max_error(shared, repeated) < 1e-12
+    assert max_error(shared.rows, repeated.rows) < 1e-12
 
 
 def test_dropout_does_not_depend_on_packing_or_on_the_number_of_passes():
@@ -118,77 +118,139 @@ def test_dropout_does_not_depend_on_packing_or_on_the_number_of_passes():
     encoder, key = FusedEncoder(model), torch.tensor(42)
     images = encoder.project_images(features)
 
-    def queries_of(layout, rows, mask):
-        return layout.unpack_queries(encoder(rows, layout, mask, images, dropout_key=key))
+    def queries_of(layout, texts, mask, key=key):
+        return encode(encoder, queries, texts, layout, mask, images, dropout_key=key).queries
 
     alone = TokenLayout.from_attention_masks(5, samples=4)
-    expected = queries_of(alone, queries.flatten(0, 1), AttentionMask())
+    expected = queries_of(alone, [], AttentionMask())
     for padded in (False, True):
         both = TokenLayout.from_attention_masks(5, [MASK, MASK], padded=padded)
-        got = queries_of(both, both.pack(queries, [text, text]), AttentionMask((U, C)))
+        got = queries_of(both, [text, text], AttentionMask((U, C)))
         assert max_error(got, expected) < 1e-12
-    other = encoder(queries.flatten(0, 1), alone, AttentionMask(), images, dropout_key=torch.tensor(43))
-    assert not torch.allclose(other.view(4, 5, 24), expected)
+    other = queries_of(alone, [], AttentionMask(), torch.tensor(43))
+    assert not torch.allclose(other, expected)
     torch.manual_seed(3)
-    first = encoder(queries.flatten(0, 1), alone, AttentionMask(), images)
+    first = queries_of(alone, [], AttentionMask(), None)
     torch.manual_seed(3)
-    assert torch.equal(first, encoder(queries.flatten(0, 1), alone, AttentionMask(), images))
+    assert torch.equal(first, queries_of(alone, [], AttentionMask(), None))
     model.eval()
-    calm = encoder(queries.flatten(0, 1), alone, AttentionMask(), images, dropout_key=key)
-    assert not torch.allclose(calm.view(4, 5, 24), expected)
+    calm = queries_of(alone, [], AttentionMask())
+    assert not torch.allclose(calm, expected)
 
 
 def test_hooks_and_adapters_on_linears_are_respected():
     model = qformer()
     queries, _, features = inputs()
     encoder, layout = FusedEncoder(model), TokenLayout.from_attention_masks(5, samples=4)
-    rows = queries.flatten(0, 1)
-    before = encoder(rows, layout, AttentionMask(), encoder.project_images(features))
+
+    def run():
+        return encoder(queries, (), layout, AttentionMask(), encoder.project_images(features)).queries
+
+    before = run()
     query = model.encoder.layer[1].attention.attention.query
     handle = query.register_forward_hook(lambda module, args, out: -out)
-    hooked = encoder(rows, layout, AttentionMask(), encoder.project_images(features))
-    expected = model(queries, encoder_hidden_states=features).last_hidden_state.flatten(0, 1)
+    hooked = run()
+    expected = model(queries, encoder_hidden_states=features).last_hidden_state
     assert max_error(hooked, expected) < 1e-10 and max_error(hooked, before) > 1e-3
     handle.remove()
 
 
 def test_bad_input():
     model = qformer()
-    queries, _, features = inputs()
+    queries, text, features = inputs()
     encoder, layout = FusedEncoder(model), TokenLayout.from_attention_masks(5, samples=4)
-    rows, images = queries.flatten(0, 1), encoder.project_images(features)
+    images, mask, project = encoder.project_images(features), AttentionMask(), encoder.project_images
+    joint = TokenLayout.from_attention_masks(5, [MASK])
+    alone, packed = TokenLayout.from_attention_masks(0, [MASK]), text.flatten(0, 1)[joint.texts[0].source]
+    other = FusedEncoder(qformer(num_hidden_layers=2)).project_images(features)
     cases = [
-        (lambda: encoder(rows[:-1], layout, AttentionMask(), images), ValueError, "rows: expected [20, 24]"),
-        (lambda: encoder(rows, None, AttentionMask(), images), TypeError, "layout: expected a TokenLayout"),
-        (lambda: encoder(rows, layout, None, images), TypeError, "mask: expected an AttentionMask"),
         (
-            lambda: encoder(rows, layout, AttentionMask((B,)), images),
+            lambda: encoder(queries[:, :-1], (), layout, mask, images),
+            ValueError,
+            "expected [S or 1, 5, 24], got",
+        ),
+        (
+            lambda: encoder(queries[:3], (), layout, mask, images),
+            ValueError,
+            "queries: expected [4 or 1, 5, 24]",
+        ),
+        (lambda: encoder(None, (), layout, mask, images), TypeError, "queries: expected a tensor"),
+        (lambda: encoder(queries, (), None, mask, images), TypeError, "layout: expected a TokenLayout"),
+        (lambda: encoder(queries, (), layout, None, images), TypeError, "mask: expected an AttentionMask"),
+        (
+            lambda: encoder(queries, (), layout, AttentionMask((B,)), images),
             ValueError,
             "layout: expected 1 text segments",
         ),
-        (lambda: encoder(rows, layout, AttentionMask()), ValueError, "images: expected ImageKeyValues where"),
         (
-            lambda: encoder.project_images(features[0]),
+            lambda: encoder(queries, (), joint, AttentionMask((B,)), images),
             ValueError,
-            "encoder_hidden_states: expected [images, tok",
+            "texts: expected 1, one a text segment, got 0",
         ),
         (
-            lambda: encoder.project_images(features[..., :9]),
+            lambda: encoder(queries, [text.flatten(0, 1)], joint, AttentionMask((B,)), images),
             ValueError,
-            "expected [images, tokens, 10], got [4, 6, 9]",
+            "texts[0]: expected [11, 24], got",
         ),
         (
-            lambda: encoder.project_images(features, mask=torch.full((4, 6), 2)),
+            lambda: encoder(queries, [packed], alone, AttentionMask((U,))),
+            ValueError,
+            "queries: expected None for a layout without",
+        ),
+        (
+            lambda: encoder(queries, [packed], joint, AttentionMask((B,)), images, keep_texts=("some",)),
+            ValueError,
+            "texts[0]: expected 'all', 'first', 'last' or 'none', got 'some'",
+        ),
+        (lambda: encoder(queries, (), layout, mask), ValueError, "images: expected ImageKeyValues where"),
+        (
+            lambda: encoder(queries, (), layout, mask, other),
+            ValueError,
+            "images: expected those of a Q-Former with 3 layers, got 2",
+        ),
+        (lambda: project(features[0]), ValueError, "encoder_hidden_states: expected [images, tok"),
+        (
+            lambda: project(features[..., :9]),
+            ValueError,
+            "expected [images, tokens, 10], got float64 [4, 6, 9]",
+        ),
+        (
+            lambda: project(features, mask=torch.full((4, 6), 2)),
             ValueError,
             "encoder_attention_mask: expected only 0 and 1, got 2",
         ),
         (
-            lambda: encoder(rows, layout, AttentionMask(), encoder.project_images(features[:3])),
+            lambda: project(features, frozen=False),
+            ValueError,
+            "frozen: expected True for features with requires_grad=False, got False",
+        ),
+        (
+            lambda: project(features.clone().requires_grad_(), frozen=True),
+            ValueError,
+            "frozen: expected False for features with requires_grad=True, got True",
+        ),
+        (lambda: project(features, query_rows=-1), ValueError, "query_rows: expected an int >= 0, got -1"),
+        (
+            lambda: encoder(queries, (), layout, mask, project(features[:3])),
             ValueError,
             "image_index: expected int32 [4] where 4 samples meet 3 images",
         ),
+        (
+            lambda: encoder(queries, (), layout, mask, images, torch.tensor([0, 1, 2, 4]).int()),
+            ValueError,
+            "image_index: expected int32 [4] with values in [0, 4)",
+        ),
+        (lambda: encoder.force(dead_row=True), ValueError, "savings: expected names among 'project_once'"),
+        (lambda: encoder.force(dead_rows=1), TypeError, "dead_rows: expected True, False or None, got int 1"),
+        (lambda: encoder.explain(None), TypeError, "work: expected a Workload, got NoneType"),
     ]
     for call, error, words in cases:
         with pytest.raises(error) as caught:
             call()
         assert words in str(caught.value)
+    with pytest.raises(ValueError, match=r"absorbed_cross_attention: .*a gradient is asked for"):
+        encoder.force(absorbed_cross_attention=True).project_images(features)
+    with pytest.raises(ValueError, match=r"no_image_gradient: .*features require a gradient"):
+        encoder.force(no_image_gradient=True, absorbed_cross_attention=None).project_images(
+            features.clone().requires_grad_(), norm=torch.nn.LayerNorm(10).double()
+        )

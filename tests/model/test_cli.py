@@ -25,6 +25,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+from blip2_kernels.mask import MaskMode  # noqa: E402
 from blip2_kernels.model import cli  # noqa: E402
 from blip2_kernels.model.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from blip2_kernels.model.from_bert import LAYER_NAMES, read_bert, start_from_bert  # noqa: E402
@@ -298,8 +299,10 @@ def test_a_q_former_starts_from_bert(parts):
     expected = bert.bert(ids, attention_mask=mask).last_hidden_state
     for use_fused in (False, True):
         model.use_fused = use_fused
-        found = model.eval().text_hidden(ids, mask)
+        embedded = model.eval().embeddings(ids)
+        found = model.qformer(embedded, mask, query_length=0, mask=MaskMode.UNIMODAL).last_hidden_state
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.text_hidden(ids, mask), expected[:, 0], rtol=1e-4, atol=1e-5)
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}

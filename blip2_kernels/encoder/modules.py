@@ -1,0 +1,84 @@
+"""Which modules the fused encoder may go around, and what it reads from them.
+
+The encoder computes with the parameters of a Q-Former without calling its layers. Whatever hangs on a module
+that is not called (a hook, an adapter, another `forward`, a sharding or quantising wrapper) would be lost in
+silence, so a module is gone around only while it is exactly what it was built as.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+STOCK = (
+    "blip2_kernels.model.qformer_layers",
+    "transformers.models.blip_2.modeling_blip_2",
+    "transformers.models.instructblip.modeling_instructblip",
+    "transformers.models.instructblipvideo.modeling_instructblipvideo",
+)
+"""Where the classes of Q-Former layers that this encoder knows are defined."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _touched(module: nn.Module) -> str | None:
+    own = module.__dict__
+    if "forward" in own:
+        return "has a forward of its own"
+    return "has hooks" if any(own[hooks] for hooks in _HOOKS) else None
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a layer that are gone around: all but linear layers, norms and activations."""
+    yield "", layer
+    for name in (
+        "attention",
+        "crossattention",
+        "intermediate",
+        "output",
+        "intermediate_query",
+        "output_query",
+    ):
+        part = layer._modules.get(name)
+        if part is None:
+            continue
+        yield name, part
+        for child in ("attention", "output"):
+            if child in part._modules:
+                yield f"{name}.{child}", part._modules[child]
+
+
+def bypass_reason(layer: nn.Module) -> str | None:
+    """None where a layer may be gone around, else why it must be called as the module it is."""
+    for name, part in _parts(layer):
+        if type(part).__module__ not in STOCK:
+            reason = f"is a {type(part).__qualname__}"
+        else:
+            reason = _touched(part)
+            dropout = part._modules.get("dropout")
+            if reason is None and dropout is not None:
+                name = f"{name}.dropout".lstrip(".")
+                is_stock = type(dropout) is nn.Dropout
+                reason = _touched(dropout) if is_stock else f"is a {type(dropout).__qualname__}"
+        if reason is not None:
+            return f"{name or 'the layer'} {reason}"
+    return None
+
+
+def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """None where a linear layer or norm is an untouched `kind` with ordinary weights, which may be read past
+    its `__call__`; else why not."""
+    if type(module) is not kind:
+        return f"is a {type(module).__qualname__}"
+    for parameter in (module.weight, module.bias):
+        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+            return f"has weights of type {type(parameter).__name__}"
+    return _touched(module)
+
+
+def projections_reason(attention: nn.Module) -> str | None:
+    """None where the key and value weights of an attention may be read, else why not."""
+    for name in ("key", "value"):
+        reason = plain_reason(getattr(attention, name), nn.Linear)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None

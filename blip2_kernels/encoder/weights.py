@@ -1,0 +1,111 @@
+"""Weights made from other weights: a norm folded into a linear layer, and a cache of such for inference."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _CancelledBias(torch.autograd.Function):
+    """The weight as it is. The bias gets a gradient of zeros, which is what it has where it cancels."""
+
+    @staticmethod
+    def forward(weight: Tensor, bias: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.bias_shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_zeros(ctx.bias_shape)
+
+
+@dataclass(frozen=True)
+class FoldedLinear:
+    """A linear layer that reads features before the weight and bias of their norm.
+
+        W (x * gamma + beta) + b  =  (W * gamma) x + (W beta + b)
+
+    Attributes:
+        weight: [out, in], W * gamma.
+        bias: [out], W beta + b, or None where there is neither.
+        biases: the parameters whose effect is lost where `bias` is left out.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    biases: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def fold(cls, linear: nn.Linear, norm: nn.LayerNorm | None) -> "FoldedLinear":
+        """Fold a norm (None for none) into the linear layer behind it."""
+        if norm is None:
+            return cls(linear.weight, linear.bias, () if linear.bias is None else (linear.bias,))
+        weight, bias, biases = linear.weight, linear.bias, []
+        if linear.bias is not None:
+            biases.append(linear.bias)
+        if norm.bias is not None:
+            bias = F.linear(norm.bias, linear.weight, linear.bias)
+            biases.append(norm.bias)
+        if norm.weight is not None:
+            weight = weight * norm.weight
+        return cls(weight, bias, tuple(biases))
+
+    @property
+    def weight_without_bias(self) -> Tensor:
+        """The weight, to be used without the bias where that cancels: its parts then get zeros."""
+        weight = self.weight
+        if torch.is_grad_enabled():
+            for bias in self.biases:
+                if bias.requires_grad:
+                    weight = _CancelledBias.apply(weight, bias)
+        return weight
+
+
+Signature = tuple[tuple[object, ...] | None, ...]
+
+
+def _signature(*tensors: Tensor | None) -> Signature:
+    """What tells a tensor that was replaced, moved or written to from the one it was."""
+
+    def one(t: Tensor) -> tuple[object, ...]:
+        return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, t.shape
+
+    return tuple(None if t is None else one(t) for t in tensors)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A folded linear layer, and what it was made of (which keeps both modules, and so their ids, alive)."""
+
+    linear: nn.Linear
+    norm: nn.LayerNorm | None
+    signature: Signature
+    folded: FoldedLinear
+
+
+@dataclass
+class WeightCache:
+    """Folded weights kept between calls (`FusedEncoder.prepare_inference`).
+
+    An entry is made anew when a parameter it came from was replaced, moved, or written to in place. Writes
+    that torch does not count (through `.data`, or to an inference tensor) cannot be noticed: call
+    `prepare_inference` again.
+    """
+
+    entries: dict[tuple[int, int], _Entry] = field(default_factory=dict)
+
+    def fold(self, linear: nn.Linear, norm: nn.LayerNorm | None) -> FoldedLinear:
+        """As `FoldedLinear.fold`, from the cache where it is still valid."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(linear.weight.device.type):
+            return FoldedLinear.fold(linear, norm)
+        read = (linear.weight, linear.bias) + ((None, None) if norm is None else (norm.weight, norm.bias))
+        name, signature = (id(linear), id(norm)), _signature(*read)
+        entry = self.entries.get(name)
+        if entry is None or entry.signature != signature:
+            folded = FoldedLinear.fold(linear, norm)
+            entry = self.entries[name] = _Entry(linear, norm, signature, folded)
+        return entry.folded
