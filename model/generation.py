@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_tensor, describe
+from blip2_kernels.encoder import Saving
 from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base
@@ -202,6 +203,11 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         """Whether the language model is an encoder-decoder."""
         return bool(self.language_model.config.is_encoder_decoder)
 
+    @property
+    def heads_supervised_rows(self) -> bool:
+        """Whether the language model's head is to see supervised rows only."""
+        return self.use_fused and self.qformer.fused_encoder.uses(Saving.SUPERVISED_ROWS)
+
     def train(self, mode: bool = True) -> "Blip2ForConditionalGeneration":
         """As `nn.Module.train`, but language model and image encoder stay in eval mode."""
         super().train(mode)
@@ -310,7 +316,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         labels = torch.cat([text_labels.new_full(soft_prompt.shape[:2], -100), text_labels], dim=1).long()
         rows = (labels.flatten() != -100).nonzero()[:, 0]
         self._check_supervised(rows, labels)
-        if not self.use_fused:
+        if not self.heads_supervised_rows:
             output = self.language_model(**inputs, labels=labels, use_cache=False)
             return Blip2GenerationOutput(output.loss, self._as_given(output.logits, order), soft_prompt)
         # A label is predicted by the row before it; there always is one, the soft prompt's last.
@@ -360,7 +366,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         rows = (labels.flatten() != -100).nonzero()[:, 0]
         self._check_supervised(rows, labels)
         shift = getattr(self.language_model, "prepare_decoder_input_ids_from_labels", None)
-        if not self.use_fused or (shift is None and decoder_input_ids is None):
+        if not self.heads_supervised_rows or (shift is None and decoder_input_ids is None):
             output = self.language_model(**inputs, labels=labels, use_cache=False)
             return Blip2GenerationOutput(output.loss, output.logits, soft_prompt)
         if decoder_input_ids is None:

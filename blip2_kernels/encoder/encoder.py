@@ -26,7 +26,7 @@ from .layer import (
 )
 from .modules import bypass_reason, plain_reason, projections_reason
 from .plan import Architecture, Plan, Saving, Workload, table
-from .weights import WeightCache
+from .weights import WeightCache, with_zero_gradients
 
 
 @dataclass(frozen=True)
@@ -280,15 +280,15 @@ class FusedEncoder:
         """
         queries, texts = self._check(queries, texts, layout, mask, images)
         layers = self.qformer.encoder.layer
-        keep_texts = tuple(keep_texts) if keep_texts is not None else ("all",) * len(texts)
+        keep = tuple(["all"] * len(texts) if keep_texts is None else keep_texts)
         key = None
         if self._drops():
             device = layout.device
             key = draw_key(device) if dropout_key is None else dropout_key
         run = Pass(layout, mask, self.qformer.config.num_attention_heads, images, image_index, key)
-        kept = Selected.of(layout, keep_queries, keep_texts)
+        kept = Selected.of(layout, keep_queries, keep)
         whole = [bypass_reason(layer) for layer in layers]
-        shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep_texts)
+        shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)
 
         hidden = self._embed(queries, texts, run, shared)
         for number, layer in enumerate(layers):
@@ -315,6 +315,7 @@ class FusedEncoder:
     ) -> Tensor:
         """One layer. With `shared` the buffer holds one sample's queries and the text rows."""
         layout = run.layout if kept is None else kept.layout
+        queries: Tensor | None
         if shared:
             count = run.layout.num_queries
             text = hidden[count:] if hidden.shape[0] > count else None
@@ -333,7 +334,10 @@ class FusedEncoder:
                 queries = queries.repeat(layout.samples, 1)
         if queries is None and text is None:
             return hidden[:0]
-        return feed_forward_part(layer, number, queries, text, layout.row_keys, run)
+        rows = feed_forward_part(layer, number, queries, text, layout.row_keys, run)
+        if kept is None:
+            return rows
+        return with_zero_gradients(rows, _parameters_of_dead_rows(layer, queries, text, run.layout))
 
     def _key_values(self, layer: nn.Module, number: int, run: Pass) -> KeyValues | None:
         """A layer's keys and values, made here where they were not before; None for the absorbed form."""
@@ -445,3 +449,15 @@ class FusedEncoder:
             self.qformer.parameters(), () if source.norm is None else source.norm.parameters()
         )
         return source.values.requires_grad or any(parameter.requires_grad for parameter in parameters)
+
+
+def _parameters_of_dead_rows(
+    layer: nn.Module, queries: Tensor | None, text: Tensor | None, layout: TokenLayout
+) -> list[Tensor]:
+    """Parameters of a layer that only rows work with of which none was kept."""
+    parts = []
+    if queries is None and layout.query_rows:
+        parts += ["crossattention", "intermediate_query", "output_query"]
+    if text is None and layout.texts:
+        parts += ["intermediate", "output"]
+    return [p for part in parts if hasattr(layer, part) for p in getattr(layer, part).parameters()]

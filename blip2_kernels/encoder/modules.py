@@ -51,7 +51,7 @@ def bypass_reason(layer: nn.Module) -> str | None:
     """None where a layer may be gone around, else why it must be called as the module it is."""
     for name, part in _parts(layer):
         if type(part).__module__ not in STOCK:
-            reason = f"is a {type(part).__qualname__}"
+            reason: str | None = f"is a {type(part).__qualname__}"
         else:
             reason = _touched(part)
             dropout = part._modules.get("dropout")

@@ -130,7 +130,7 @@ class Plan:
         """
         for name, value in savings.items():
             if name not in set(Saving):
-                expected = ", ".join(map(repr, Saving))
+                expected = ", ".join(repr(saving.value) for saving in Saving)
                 raise ValueError(f"savings: expected names among {expected}, got {name!r}")
             if not isinstance(value, bool | None):
                 raise TypeError(f"{name}: expected True, False or None, got {describe(value)}")

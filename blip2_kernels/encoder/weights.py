@@ -1,5 +1,6 @@
 """Weights made from other weights: a norm folded into a linear layer, and a cache of such for inference."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -7,20 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _CancelledBias(torch.autograd.Function):
-    """The weight as it is. The bias gets a gradient of zeros, which is what it has where it cancels."""
-
+class _ZeroGradients(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, bias: Tensor) -> Tensor:
-        return weight.view_as(weight)
+    def forward(x: Tensor, *unused: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.bias_shape = inputs[1].shape
+        ctx.unused = [(t.shape, t.dtype, t.device) for t in inputs[1:]]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_zeros(ctx.bias_shape)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.unused]
+        return grad, *zeros
+
+
+def with_zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
+    """x as it is; parameters whose effect on the result is none, and was left out, get a gradient of zeros.
+
+    So they do where they are computed with; optimizers and DistributedDataParallel tell zeros from None.
+    """
+    if not torch.is_grad_enabled():
+        return x
+    unused = [t for t in unused if t.requires_grad]
+    return _ZeroGradients.apply(x, *unused) if unused else x
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,9 @@ class FoldedLinear:
         """Fold a norm (None for none) into the linear layer behind it."""
         if norm is None:
             return cls(linear.weight, linear.bias, () if linear.bias is None else (linear.bias,))
-        weight, bias, biases = linear.weight, linear.bias, []
+        weight: Tensor = linear.weight
+        bias: Tensor | None = linear.bias
+        biases: list[Tensor] = []
         if linear.bias is not None:
             biases.append(linear.bias)
         if norm.bias is not None:
@@ -57,12 +70,7 @@ class FoldedLinear:
     @property
     def weight_without_bias(self) -> Tensor:
         """The weight, to be used without the bias where that cancels: its parts then get zeros."""
-        weight = self.weight
-        if torch.is_grad_enabled():
-            for bias in self.biases:
-                if bias.requires_grad:
-                    weight = _CancelledBias.apply(weight, bias)
-        return weight
+        return with_zero_gradients(self.weight, self.biases)
 
 
 Signature = tuple[tuple[object, ...] | None, ...]
