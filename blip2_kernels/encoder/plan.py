@@ -65,6 +65,7 @@ class Workload:
         padded_rows: the same with padding.
         images, image_tokens: distinct images, and tokens of each; 0 without queries.
         looking_rows: query rows that look at these images in all passes together; default those of this one.
+        projected: an earlier pass has brought the images' keys and values along.
         gradients: a gradient will be asked for.
         image_gradients: one of the image features too.
         dropout: hidden states or probabilities are dropped.
@@ -82,6 +83,7 @@ class Workload:
     images: int = 0
     image_tokens: int = 0
     looking_rows: int | None = None
+    projected: bool = False
     gradients: bool = False
     image_gradients: bool = False
     dropout: bool = False
@@ -270,7 +272,7 @@ def cost(architecture: Architecture, work: Workload, applied: Mapping[Saving, bo
     kept = work.kept_rows(texts) if applied[Saving.DEAD_ROWS] else every
     joint = MaskMode.BIDIRECTIONAL in work.modes
 
-    rows = 0  # multiply-adds of what is done row by row, and of self-attention's core
+    rows = core = 0  # multiply-adds of what is done row by row, and of the products inside attention
     for number, cross in enumerate(architecture.cross):
         queries, segments = kept if number == layers - 1 else every
         text = sum(segments)
@@ -279,31 +281,35 @@ def cost(architecture: Architecture, work: Workload, applied: Mapping[Saving, bo
         asking = work.queries if shared else queries
         attending = work.queries if shared and not joint else queries
         rows += (asking + text + 2 * (projected + sum(texts))) * C * C
-        rows += _attention_core(work, attending, segments, texts, C)
+        core += _attention_core(work, attending, segments, texts, C)
         rows += (attending + text) * C * C
         if cross and queries:
             rows += (attending + queries) * C * C
         rows += 2 * (queries + text) * C * inner
 
+    projection = image_elements = 0
+    frozen = applied[Saving.NO_IMAGE_GRADIENT]
+    made_before = work.projected and applied[Saving.PROJECT_ONCE]
+    if work.images and frozen and not made_before:
+        # The norm's bias, taken through the value weights (and the key weights, unless that cancels).
+        taken = 1 if applied[Saving.BIAS_IDENTITIES] or applied[Saving.ABSORBED] else 2
+        rows += taken * sum(architecture.cross) * architecture.width * C
     if applied[Saving.ABSORBED]:
-        image = absorbed_flops(architecture, work.images, work.image_tokens, work.query_rows) // 2
-        backward_image = 0
+        rows += absorbed_flops(architecture, work.images, work.image_tokens, work.query_rows) // 2
         image_elements = work.images * work.image_tokens * architecture.width
-    else:
-        tokens = (work.images if applied[Saving.PROJECT_ONCE] else work.samples) * work.image_tokens
-        tokens = tokens if work.queries else 0
-        keys = 2 * sum(architecture.cross) * tokens * C
-        projection = keys * architecture.width
-        core = 2 * sum(architecture.cross) * work.query_rows * work.image_tokens * C
-        image = projection + core
-        frozen = applied[Saving.NO_IMAGE_GRADIENT]
-        backward_image = (1 if frozen else 2) * projection + 2 * core
-        image_elements = tokens * architecture.width + keys
-        if work.gradients:
-            image_elements += keys + (0 if frozen else tokens * architecture.width)
-    multiply_adds = rows + image
+    elif work.queries:
+        core += 2 * sum(architecture.cross) * work.query_rows * work.image_tokens * C
+        if not made_before:
+            tokens = (work.images if applied[Saving.PROJECT_ONCE] else work.samples) * work.image_tokens
+            keys = 2 * sum(architecture.cross) * tokens * C
+            projection = keys * architecture.width
+            image_elements = tokens * architecture.width + keys
+            if work.gradients:
+                image_elements += keys + (0 if frozen else tokens * architecture.width)
+    multiply_adds = rows + core + projection
     if work.gradients:
-        multiply_adds += 2 * rows + backward_image
+        # The backward of fused attention computes the scores again: five products to the forward's two.
+        multiply_adds += 2 * rows + 5 * core // 2 + (1 if frozen else 2) * projection
     return Cost(2 * multiply_adds, 4 * image_elements)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,36 +42,32 @@ class FoldedLinear:
         W (x * gamma + beta) + b  =  (W * gamma) x + (W beta + b)
 
     Attributes:
+        linear: with W and b.
+        norm: with gamma and beta, or None: then everything is as in the linear layer.
         weight: [out, in], W * gamma.
-        bias: [out], W beta + b, or None where there is neither.
-        biases: the parameters whose effect is lost where `bias` is left out.
     """
 
+    linear: nn.Linear
+    norm: nn.LayerNorm | None
     weight: Tensor
-    bias: Tensor | None
-    biases: tuple[Tensor, ...] = ()
 
     @classmethod
     def fold(cls, linear: nn.Linear, norm: nn.LayerNorm | None) -> "FoldedLinear":
-        """Fold a norm (None for none) into the linear layer behind it."""
-        if norm is None:
-            return cls(linear.weight, linear.bias, () if linear.bias is None else (linear.bias,))
-        weight: Tensor = linear.weight
-        bias: Tensor | None = linear.bias
-        biases: list[Tensor] = []
-        if linear.bias is not None:
-            biases.append(linear.bias)
-        if norm.bias is not None:
-            bias = F.linear(norm.bias, linear.weight, linear.bias)
-            biases.append(norm.bias)
-        if norm.weight is not None:
-            weight = weight * norm.weight
-        return cls(weight, bias, tuple(biases))
+        """Fold a norm with weight and bias (None for none) into the linear layer behind it."""
+        return cls(linear, norm, linear.weight if norm is None else linear.weight * norm.weight)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """[out], W beta + b."""
+        if self.norm is None:
+            return self.linear.bias
+        return F.linear(self.norm.bias, self.linear.weight, self.linear.bias)
 
     @property
     def weight_without_bias(self) -> Tensor:
         """The weight, to be used without the bias where that cancels: its parts then get zeros."""
-        return with_zero_gradients(self.weight, self.biases)
+        biases = (self.linear.bias, None if self.norm is None else self.norm.bias)
+        return with_zero_gradients(self.weight, [bias for bias in biases if bias is not None])
 
 
 Signature = tuple[tuple[object, ...] | None, ...]
@@ -87,10 +84,8 @@ def _signature(*tensors: Tensor | None) -> Signature:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A folded linear layer, and what it was made of (which keeps both modules, and so their ids, alive)."""
+    """A folded linear layer (which keeps both modules, and so their ids, alive) and what it was made of."""
 
-    linear: nn.Linear
-    norm: nn.LayerNorm | None
     signature: Signature
     folded: FoldedLinear
 
@@ -114,6 +109,5 @@ class WeightCache:
         name, signature = (id(linear), id(norm)), _signature(*read)
         entry = self.entries.get(name)
         if entry is None or entry.signature != signature:
-            folded = FoldedLinear.fold(linear, norm)
-            entry = self.entries[name] = _Entry(linear, norm, signature, folded)
+            entry = self.entries[name] = _Entry(signature, FoldedLinear.fold(linear, norm))
         return entry.folded
