@@ -111,14 +111,10 @@ def project(
         cache: folded weights, made by `prepare_inference`; None to fold at every call.
     """
     if not read_weights:
-        values = features.behind_norm
-        if not torch.is_autocast_enabled(values.device.type):
-            values = values.to(attention.key.weight.dtype)
+        values = _cast(features.behind_norm, attention.key)
         key, value = attention.key(values), attention.value(values)
         return KeyValues(key.unflatten(-1, (heads, -1)), value.unflatten(-1, (heads, -1)))
-    values = features.values
-    if not torch.is_autocast_enabled(values.device.type):
-        values = values.to(attention.key.weight.dtype)
+    values = _cast(features.values, attention.key)
     fold = cache.fold if cache is not None else FoldedLinear.fold
     key, value = (fold(linear, features.norm) for linear in (attention.key, attention.value))
     context_bias = None
@@ -131,3 +127,12 @@ def project(
             F.linear(values, value.weight, value.bias),
         )
     return KeyValues(key_rows.unflatten(-1, (heads, -1)), value_rows.unflatten(-1, (heads, -1)), context_bias)
+
+
+def _cast(values: Tensor, linear: nn.Module) -> Tensor:
+    """Values in the dtype of a linear layer's weight, if it has an ordinary one and autocast does not see to
+    it."""
+    weight = getattr(linear, "weight", None)
+    if torch.is_autocast_enabled(values.device.type) or not isinstance(weight, Tensor):
+        return values
+    return values.to(weight.dtype) if weight.is_floating_point() else values
