@@ -48,16 +48,17 @@ MORE_REGISTERS = 4
 FEW_BYTES = 32
 """See `broken_rules`."""
 EXCUSED = {
-    ("sm_80", "self backward half narrow tile 128x128"): 32,
+    ("sm_80", "self backward half narrow tile 128x128"): 64,
     ("sm_80", "self backward half narrow tile 128x128, dropout"): 120,
     ("sm_80", "self backward half wide tile 64x64"): 48,
     ("sm_80", "self backward half wide tile 64x64, dropout"): 120,
     (AMD, "cross backward shared half narrow blocks 128x64, 8 warps, 2 stages, dropout"): 992,
     (AMD, "cross backward keys half narrow blocks 64x64, 8 warps, 1 stages, dropout"): 108,
 }
-"""Bytes of stack that are let pass, by target and name: these tiles fill their warps' registers. Sixteen
-warps would spill eight times as much in the first; blocks would read everything several times. No
-table is made for AMD, which takes the default."""
+"""Bytes of stack that are let pass, by target and name, in the Triton version that spills more (3.6 in the
+first, 3.9 in the others): these tiles fill their warps' registers. Sixteen warps would spill eight times as
+much in the first; blocks would read everything several times. No table is made for AMD, which takes the
+default."""
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 HEADS = 12

@@ -60,12 +60,13 @@ def _backward(rows: int, keys: int, warps: int, stages: int) -> Config:
     return Config.of(warps, stages, BLOCK_M=rows, BLOCK_N=keys)
 
 
-# Of no configuration does the compiler spill registers, with dropout or without. fp32 products, which have no
-# tensor cores, keep whole rows of their operands in registers: eight warps share them where four would spill.
+# Of no configuration does the compiler spill registers, in Triton 3.6 or in 3.9, with dropout or without.
+# fp32 products, which have no tensor cores, keep whole rows of their operands in registers: eight warps share
+# them where four would spill.
 FORWARD = LaunchTable(
     {
-        ("half", "narrow"): (_forward(64, 32, 4, 2), _forward(32, 32, 4, 1)),
-        ("half", "wide"): (_forward(64, 32, 4, 2), _forward(32, 32, 4, 1)),
+        ("half", "narrow"): (_forward(64, 32, 4, 2), _forward(32, 32, 4, 2)),
+        ("half", "wide"): (_forward(64, 32, 4, 2), _forward(32, 32, 4, 2)),
         ("fp32", "narrow"): (_forward(32, 16, 4, 1), _forward(16, 16, 8, 1)),
         ("fp32", "wide"): (_forward(16, 16, 8, 1),),
     }
@@ -86,7 +87,10 @@ BACKWARD = LaunchTable(
         for number in (80, 86, 87, 89, 120, 121)
     }
     | {
-        number: {("half", "narrow"): (_backward(64, 32, 8, 1), _backward(32, 16, 4, 1))}
+        number: {
+            ("half", "narrow"): (_backward(64, 32, 8, 1), _backward(32, 16, 4, 1)),
+            ("half", "wide"): (_backward(64, 64, 8, 1), _backward(32, 32, 4, 1)),
+        }
         for number in (100, 103)
     },
 )
