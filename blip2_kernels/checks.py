@@ -70,16 +70,22 @@ def check_probability(name: str, value: object) -> float:
     return float(value)
 
 
+def values_are_free(device: torch.device) -> bool:
+    """Whether looking at the values of a device's tensors costs nothing: on the CPU, and outside compilation,
+    which would have to stop for it."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_binary(name: str, mask: Tensor, *, force: bool = False) -> None:
     """Check that a mask holds only 0 and 1.
 
-    A CPU tensor is always checked. A device tensor is checked only with `force`, since looking at its values
-    costs a synchronisation.
+    A CPU tensor is always checked, but for while a graph is compiled. A device tensor is checked only with
+    `force`, since looking at its values costs a synchronisation.
 
     Raises:
         ValueError: another value was found; the message names it.
     """
-    if mask.dtype == torch.bool or not (force or mask.device.type == "cpu"):
+    if mask.dtype == torch.bool or not (force or values_are_free(mask.device)):
         return
     wrong = mask[(mask != 0) & (mask != 1)]
     if wrong.numel():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_int, check_tensor, describe, values_are_free
 from blip2_kernels.encoder import ImageKeyValues, Saving
 from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
@@ -208,7 +208,7 @@ class Blip2Base(nn.Module):
             a real token.
         """
         attention_mask = self.check_text(input_ids, attention_mask)
-        if attention_mask.device.type == "cpu" and not bool(attention_mask.any(dim=1).all()):
+        if values_are_free(attention_mask.device) and not bool(attention_mask.any(dim=1).all()):
             row = int((attention_mask != 0).any(dim=1).logical_not().nonzero()[0])
             raise ValueError(f"attention_mask: expected a 1 in every row, got none in row {row}")
         if not self.use_fused:
@@ -278,7 +278,7 @@ class Blip2Base(nn.Module):
                 )
         else:
             check_tensor("image_index", image_index, [samples], TOKEN_IDS)
-            if image_index.device.type == "cpu" and samples:
+            if values_are_free(image_index.device) and samples:
                 worst = int(image_index.min()) if int(image_index.min()) < 0 else int(image_index.max())
                 if not 0 <= worst < len(images):
                     raise ValueError(f"image_index: expected values in [0, {len(images)}), got {worst}")

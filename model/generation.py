@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from blip2_kernels.checks import check_binary, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_tensor, describe, values_are_free
 from blip2_kernels.encoder import Saving
 from blip2_kernels.layout import MASK_DTYPES
 
@@ -440,7 +440,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
                 f"{self.position_limit}), got {input_ids.shape[1]}"
             )
         embedding = self.language_model.get_input_embeddings()
-        if input_ids.device.type == "cpu" and input_ids.numel():
+        if values_are_free(input_ids.device) and input_ids.numel():
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= embedding.num_embeddings:
                 raise ValueError(
@@ -473,7 +473,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
     def _check_labels(self, labels: Tensor, shape: list[int | str]) -> None:
         check_tensor("labels", labels, shape, TOKEN_IDS)
         vocabulary = self.language_model.get_input_embeddings().num_embeddings
-        if labels.device.type == "cpu":
+        if values_are_free(labels.device):
             wrong = labels[((labels < 0) & (labels != -100)) | (labels >= vocabulary)]
             if wrong.numel():
                 raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_tensor, describe
+from blip2_kernels.checks import check_tensor, describe, values_are_free
 
 from .distributed import all_gather, get_rank, get_world_size
 
@@ -99,7 +99,7 @@ def check_negatives(negatives: object, positives: Tensor) -> Negatives:
     for name, index in zip(("image_index", "text_index"), negatives, strict=True):
         dtypes = INDEX_DTYPES if not checked else [negatives[0].dtype]
         check_tensor(f"negatives ({name})", index, [batch], dtypes)
-        on_host = index.device.type == "cpu"
+        on_host = values_are_free(index.device)
         index = index.to(positives.device, torch.int64)
         if on_host:
             _check_values(f"negatives ({name})", index, positives)

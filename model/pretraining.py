@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from blip2_kernels.checks import check_tensor, describe
+from blip2_kernels.checks import check_tensor, describe, values_are_free
 from blip2_kernels.encoder import Saving
 from blip2_kernels.layout import CAPTION_STREAM, TEXT_STREAM, Selection, TextSegment
 from blip2_kernels.mask import AttentionMask, MaskMode
@@ -246,7 +246,7 @@ class Blip2ForPreTraining(Blip2Base):
                 f"input_ids: expected at most {positions} tokens (max_position_embeddings), got {length}"
             )
         attention_mask = (attention_mask != 0).long()
-        if attention_mask.device.type == "cpu" and not bool(attention_mask[:, 0].all()):
+        if values_are_free(attention_mask.device) and not bool(attention_mask[:, 0].all()):
             row = int((attention_mask[:, 0] == 0).nonzero()[0])
             raise ValueError(
                 "attention_mask: expected 1 in the first column, where [CLS] and [DEC] stand (pad on the "

@@ -472,7 +472,7 @@ class QFormerModel(nn.Module):
             if features is None:
                 raise ValueError("encoder_attention_mask: expected encoder_hidden_states beside it, got None")
             check_tensor("encoder_attention_mask", mask, features.shape[:2], MASK_DTYPES)
-            _check_binary("encoder_attention_mask", mask)
+            check_binary("encoder_attention_mask", mask)
         if query_length == 0:
             return None, None
         if features is None:
@@ -530,11 +530,6 @@ def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
     )[0]
 
 
-def _check_binary(name: str, mask: Tensor) -> None:
-    if not torch.compiler.is_compiling():
-        check_binary(name, mask)
-
-
 def _expand_to_images(hidden: Tensor, image: Tensor | None) -> Tensor:
     """Expand a batch of one to the images' batch; refuse batches that do not go together."""
     rows, images = hidden.shape[0], 1 if image is None else image.shape[0]
@@ -560,7 +555,7 @@ def _check_attention_mask(mask: Tensor | None, batch: int, heads: int, rows: int
         raise ValueError(
             f"attention_mask: expected [{batch}, 1 or {heads}, {rows}, {keys}], got {list(mask.shape)}"
         )
-    _check_binary("attention_mask", mask)
+    check_binary("attention_mask", mask)
     return mask != 0
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.activations import ACT2FN
 
-from blip2_kernels.checks import check_tensor
+from blip2_kernels.checks import check_tensor, values_are_free
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKEN_IDS = (torch.int64, torch.int32)
@@ -128,7 +128,7 @@ class LMHead(nn.Module):
 
 def _check_ids(name: str, ids: Tensor, size: int) -> None:
     """On the CPU, where looking costs no synchronisation: all ids in [0, size)."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+    if not values_are_free(ids.device) or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_tensor
+from blip2_kernels.checks import check_tensor, values_are_free
 
 from .qformer_text import TOKEN_IDS
 
@@ -92,7 +92,7 @@ def split_prefix(
 
 def _check_prompt_lengths(prompt_lengths: Tensor, attention_mask: Tensor) -> None:
     check_tensor("prompt_lengths", prompt_lengths, [attention_mask.shape[0]], TOKEN_IDS)
-    if prompt_lengths.device.type == "cpu":
+    if values_are_free(prompt_lengths.device):
         lengths = (attention_mask != 0).sum(dim=1).cpu()
         wrong = ((prompt_lengths < 0) | (prompt_lengths > lengths)).nonzero()[:, 0]
         if wrong.numel():

@@ -13,7 +13,7 @@ from ..checks import check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
 from ..ops.philox import Site, draw_key
-from .images import ImageFeatures, ImageKeyValues, KeyValues, normalize, project
+from .images import ImageFeatures, ImageKeyValues, KeyValues, project
 from .layer import (
     CallLayer,
     Pass,
@@ -186,8 +186,12 @@ class FusedEncoder:
             raise ValueError(f"frozen: expected {not frozen} for features with {came}, got {frozen}")
 
         crossing = [layer for layer in layers if hasattr(layer, "crossattention")]
-        source = self._source(features, norm, image_gradients)
-        absorbed = self._absorbs(source, crossing, query_rows)
+        reasons = [
+            bypass_reason(layer) or projections_reason(layer.crossattention.attention) for layer in crossing
+        ]
+        changed = next((reason for reason in reasons if reason is not None), None)
+        source = self._source(features, norm, image_gradients, changed is not None)
+        absorbed = self._absorbs(source, query_rows, changed)
         checkpointed = self._checkpoints()
         once = self.plan.project_once(checkpointed).applies
         prepared = ImageKeyValues(
@@ -197,7 +201,9 @@ class FusedEncoder:
             return prepared
         return dataclasses.replace(prepared, layers=tuple(self._project(layer, source) for layer in layers))
 
-    def _source(self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool) -> ImageFeatures:
+    def _source(
+        self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool, keep_whole: bool
+    ) -> ImageFeatures:
         """The features as the layers will read them."""
         if norm is None:
             return ImageFeatures(features)
@@ -207,18 +213,14 @@ class FusedEncoder:
         hinder = hinder and f"the image norm {hinder}"
         features = features.to(norm.weight.dtype)
         if self.plan.no_image_gradient(image_gradients, hinder).applies:
-            return ImageFeatures(normalize(features, norm), norm)
+            return ImageFeatures.normalized(features, norm, keep_whole=keep_whole)
         return ImageFeatures(norm(features))
 
-    def _absorbs(self, source: ImageFeatures, crossing: Sequence[nn.Module], query_rows: int | None) -> bool:
+    def _absorbs(self, source: ImageFeatures, query_rows: int | None, hinder: str | None) -> bool:
         """Whether cross-attention takes the absorbed form on these images."""
         if query_rows is None and not self.plan.forced.get(Saving.ABSORBED):
             return False
         images, tokens, _ = source.values.shape
-        reasons = (
-            bypass_reason(layer) or projections_reason(layer.crossattention.attention) for layer in crossing
-        )
-        hinder = next((reason for reason in reasons if reason is not None), None)
         gradients = torch.is_grad_enabled() and self._needs_gradient(source)
         work = Workload(
             0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients

@@ -1,7 +1,6 @@
 """What the images contribute to the cross-attention layers, made once for every pass that looks at them."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +19,35 @@ class ImageFeatures:
         values: [images, tokens, width]; behind the whole norm, or normalised only where `norm` is given.
         norm: the image LayerNorm whose weight and bias are still to be applied, or None. Folded into the key
             and value weights they cost nothing, and no gradient of an image's size exists.
+        whole: [images, tokens, width] behind the whole norm, where some module has to be called with it.
     """
 
     values: Tensor
     norm: nn.LayerNorm | None = None
+    whole: Tensor | None = None
 
-    @cached_property
+    @classmethod
+    def normalized(cls, features: Tensor, norm: nn.LayerNorm, *, keep_whole: bool) -> "ImageFeatures":
+        """Features with mean 0 and variance 1, as the norm makes them before its weight and bias."""
+        values = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
+        if torch.is_autocast_enabled(features.device.type):
+            # Every projection would round them anew.
+            values = values.to(torch.get_autocast_dtype(features.device.type))
+        made = cls(values, norm)
+        return replace(made, whole=made.behind_norm) if keep_whole else made
+
+    @property
     def behind_norm(self) -> Tensor:
-        """[images, tokens, width] behind the whole norm, for modules that have to be called."""
-        if self.norm is None:
-            return self.values
-        # autocast leaves the output of a norm in fp32, as this does.
+        """[images, tokens, width] behind the whole norm."""
+        if self.whole is not None or self.norm is None:
+            return self.values if self.whole is None else self.whole
         return self.values * self.norm.weight + self.norm.bias
 
     def of_samples(self, image_index: Tensor) -> "ImageFeatures":
         """The same with one copy a sample."""
-        return ImageFeatures(self.values.index_select(0, image_index.long()), self.norm)
+        index = image_index.long()
+        whole = None if self.whole is None else self.whole.index_select(0, index)
+        return ImageFeatures(self.values.index_select(0, index), self.norm, whole)
 
 
 @dataclass(frozen=True)
@@ -81,15 +93,6 @@ class ImageKeyValues:
         return self.images
 
 
-def normalize(features: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Features with mean 0 and variance 1, as the norm makes them before its weight and bias."""
-    normalized = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
-    if torch.is_autocast_enabled(features.device.type):
-        # Every projection would round them anew.
-        normalized = normalized.to(torch.get_autocast_dtype(features.device.type))
-    return normalized
-
-
 def project(
     attention: nn.Module,
     heads: int,
@@ -116,17 +119,11 @@ def project(
         return KeyValues(key.unflatten(-1, (heads, -1)), value.unflatten(-1, (heads, -1)))
     values = _cast(features.values, attention.key)
     fold = cache.fold if cache is not None else FoldedLinear.fold
-    key, value = (fold(linear, features.norm) for linear in (attention.key, attention.value))
-    context_bias = None
-    if bias_identities:
-        key_rows, value_rows = F.linear(values, key.weight_without_bias), F.linear(values, value.weight)
-        context_bias = value.bias
-    else:
-        key_rows, value_rows = (
-            F.linear(values, key.weight, key.bias),
-            F.linear(values, value.weight, value.bias),
-        )
-    return KeyValues(key_rows.unflatten(-1, (heads, -1)), value_rows.unflatten(-1, (heads, -1)), context_bias)
+    key = fold(attention.key, features.norm, with_bias=not bias_identities)
+    value = fold(attention.value, features.norm)
+    added_here, added_later = (None, value.bias) if bias_identities else (value.bias, None)
+    keys, read = F.linear(values, key.weight, key.bias), F.linear(values, value.weight, added_here)
+    return KeyValues(keys.unflatten(-1, (heads, -1)), read.unflatten(-1, (heads, -1)), added_later)
 
 
 def _cast(values: Tensor, linear: nn.Module) -> Tensor:

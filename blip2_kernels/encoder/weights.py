@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -42,32 +41,30 @@ class FoldedLinear:
         W (x * gamma + beta) + b  =  (W * gamma) x + (W beta + b)
 
     Attributes:
-        linear: with W and b.
-        norm: with gamma and beta, or None: then everything is as in the linear layer.
         weight: [out, in], W * gamma.
+        bias: [out], W beta + b; None where there is neither, or where it was left out.
     """
 
-    linear: nn.Linear
-    norm: nn.LayerNorm | None
     weight: Tensor
+    bias: Tensor | None
 
     @classmethod
-    def fold(cls, linear: nn.Linear, norm: nn.LayerNorm | None) -> "FoldedLinear":
-        """Fold a norm with weight and bias (None for none) into the linear layer behind it."""
-        return cls(linear, norm, linear.weight if norm is None else linear.weight * norm.weight)
+    def fold(cls, linear: nn.Linear, norm: nn.LayerNorm | None, *, with_bias: bool = True) -> "FoldedLinear":
+        """Fold a norm into the linear layer behind it.
 
-    @cached_property
-    def bias(self) -> Tensor | None:
-        """[out], W beta + b."""
-        if self.norm is None:
-            return self.linear.bias
-        return F.linear(self.norm.bias, self.linear.weight, self.linear.bias)
-
-    @property
-    def weight_without_bias(self) -> Tensor:
-        """The weight, to be used without the bias where that cancels: its parts then get zeros."""
-        biases = (self.linear.bias, None if self.norm is None else self.norm.bias)
-        return with_zero_gradients(self.weight, [bias for bias in biases if bias is not None])
+        Args:
+            linear: the layer.
+            norm: with weight and bias; None for none.
+            with_bias: False where the bias has no effect: `linear.bias` and `norm.bias` then get a gradient
+                of zeros through the weight.
+        """
+        weight: Tensor = linear.weight if norm is None else linear.weight * norm.weight
+        if not with_bias:
+            biases = (linear.bias, None if norm is None else norm.bias)
+            return cls(with_zero_gradients(weight, [bias for bias in biases if bias is not None]), None)
+        if norm is None:
+            return cls(weight, linear.bias)
+        return cls(weight, F.linear(norm.bias, linear.weight, linear.bias))
 
 
 Signature = tuple[tuple[object, ...] | None, ...]
@@ -84,8 +81,10 @@ def _signature(*tensors: Tensor | None) -> Signature:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A folded linear layer (which keeps both modules, and so their ids, alive) and what it was made of."""
+    """A folded linear layer and what it was made of (which keeps both modules, and so their ids, alive)."""
 
+    linear: nn.Linear
+    norm: nn.LayerNorm | None
     signature: Signature
     folded: FoldedLinear
 
@@ -99,15 +98,17 @@ class WeightCache:
     `prepare_inference` again.
     """
 
-    entries: dict[tuple[int, int], _Entry] = field(default_factory=dict)
+    entries: dict[tuple[int, int, bool], _Entry] = field(default_factory=dict)
 
-    def fold(self, linear: nn.Linear, norm: nn.LayerNorm | None) -> FoldedLinear:
+    def fold(self, linear: nn.Linear, norm: nn.LayerNorm | None, *, with_bias: bool = True) -> FoldedLinear:
         """As `FoldedLinear.fold`, from the cache where it is still valid."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(linear.weight.device.type):
-            return FoldedLinear.fold(linear, norm)
+        autocast = torch.is_autocast_enabled(linear.weight.device.type)
+        if torch.is_grad_enabled() or autocast or torch.compiler.is_compiling():
+            return FoldedLinear.fold(linear, norm, with_bias=with_bias)
         read = (linear.weight, linear.bias) + ((None, None) if norm is None else (norm.weight, norm.bias))
-        name, signature = (id(linear), id(norm)), _signature(*read)
+        name, signature = (id(linear), id(norm), with_bias), _signature(*read)
         entry = self.entries.get(name)
         if entry is None or entry.signature != signature:
-            entry = self.entries[name] = _Entry(signature, FoldedLinear.fold(linear, norm))
+            folded = FoldedLinear.fold(linear, norm, with_bias=with_bias)
+            entry = self.entries[name] = _Entry(linear, norm, signature, folded)
         return entry.folded

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_binary, check_tensor, describe
+from ..checks import check_binary, check_tensor, describe, values_are_free
 from ..layout import MASK_DTYPES
 
 
@@ -74,4 +74,4 @@ def visible_tokens(lengths: Tensor | None, mask: Tensor | None, tokens: int) -> 
 
 def _can_look(device: torch.device, validate: bool) -> bool:
     """Whether to look at values: on a device only when asked to, and never while a graph is traced."""
-    return (validate or device.type == "cpu") and not torch.compiler.is_compiling()
+    return values_are_free(device) or (validate and not torch.compiler.is_compiling())

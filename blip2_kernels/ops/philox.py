@@ -21,7 +21,7 @@ import enum
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_probability, check_tensor
+from ..checks import check_int, check_probability, check_tensor, values_are_free
 
 LANES = 8
 LEVELS = 1 << 16
@@ -196,13 +196,13 @@ def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:
     first = group[:, ::LANES]
     places = torch.arange(length, device=names.device)
     whole = first[:, places // LANES] * LANES + places % LANES
-    if names.device.type == "cpu" and torch.equal(names, whole):
+    if values_are_free(names.device) and torch.equal(names, whole):
         return first, None
     ordered, order = group.sort(dim=1)
     slot = torch.zeros_like(ordered)
     slot[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long().cumsum(1)
     # On a device the number of groups stays an upper bound (L): reading it back would synchronise.
-    count = int(slot.max()) + 1 if names.device.type == "cpu" else length
+    count = int(slot.max()) + 1 if values_are_free(names.device) else length
     groups = ordered[:, :1].repeat(1, count).scatter_(1, slot, ordered)
     column = torch.empty_like(slot).scatter_(1, order, slot) * LANES + names % LANES
     return groups, column

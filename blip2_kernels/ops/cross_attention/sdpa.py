@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...checks import values_are_free
 from ..dense_attention import attend_torch
 
 
@@ -26,7 +27,7 @@ def cross_attention_sdpa(
         stacked = _attend(q.flatten(0, 1)[None], k, v, visible, scale)
         return stacked.unflatten(1, (samples, queries))[0]
     if image_index is not None:
-        if samples and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if samples and values_are_free(q.device):
             return _image_by_image(q, k, v, image_index, visible, scale)
         index = image_index.long()
         k, v = k.index_select(0, index), v.index_select(0, index)

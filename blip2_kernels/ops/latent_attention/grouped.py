@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...checks import values_are_free
 from ..dense_attention import attend_torch
 
 
@@ -10,7 +11,7 @@ def latent_attention_grouped(
     q: Tensor, features: Tensor, image_index: Tensor | None, visible: Tensor | None, *, scale: float
 ) -> Tensor:
     """See `latent_attention`; `visible` is bool [images, tokens] or None."""
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_are_free(q.device):
         return _image_by_image(q, features, image_index, visible, scale)
     if visible is not None:
         features = features.masked_fill(~visible[:, :, None], 0)

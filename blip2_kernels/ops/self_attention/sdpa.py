@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from ...checks import values_are_free
 from ...layout import TokenLayout
 from ...mask import AttentionMask, MaskMode
 from ..dense_attention import attend_torch
@@ -63,7 +64,7 @@ def self_attention_sdpa(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
     # Looking at the values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
-    full = allowed.device.type == "cpu" and bool(allowed.all())
+    full = values_are_free(allowed.device) and bool(allowed.all())
     return attend_torch(query, key, value, None if full else allowed, scale)
 
 
