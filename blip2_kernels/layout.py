@@ -379,6 +379,12 @@ class TokenLayout:
         return DenseRows(flat, torch.cat(exists, 1), torch.cat(real, 1), ordinal, torch.cat(segment), names)
 
 
+def read_sizes(sizes: Tensor) -> tuple[int, int, int]:
+    """Three numbers of a device on the host: where a layout waits for the device, and nowhere else."""
+    rows, max_length, errors = map(int, sizes.tolist())
+    return rows, max_length, errors
+
+
 def _check_names(samples: int, num_queries: int, first_sample: int) -> None:
     check_int("num_queries", num_queries, 0, MAX_ORDINALS)
     check_int("first_sample", first_sample, 0, MAX_SAMPLES)
@@ -405,7 +411,7 @@ def _text_segment(mask: Tensor, padded: bool) -> tuple[TextSegment, Tensor]:
     # The one synchronisation of a layout built from a device mask: both sizes in one transfer, and with them
     # what kernels found wrong so far.
     sizes = torch.stack([offsets[-1], lengths.max() if samples else offsets[-1], error_count(mask.device)])
-    rows, max_length, errors = map(int, sizes.tolist())
+    rows, max_length, errors = read_sizes(sizes)
     raise_if_set(mask.device, errors)
     # A scatter with one spill slot instead of boolean indexing, which would synchronise again.
     destination = torch.where(places < lengths[:, None], offsets[:-1, None].long() + places, rows).flatten()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.dense_attention import autocasts
 from .weights import FoldedLinear, WeightCache
 
 __all__ = ["ImageFeatures", "ImageKeyValues", "KeyValues"]
@@ -30,7 +31,7 @@ class ImageFeatures:
     def normalized(cls, features: Tensor, norm: nn.LayerNorm, *, keep_whole: bool) -> "ImageFeatures":
         """Features with mean 0 and variance 1, as the norm makes them before its weight and bias."""
         values = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
-        if torch.is_autocast_enabled(features.device.type):
+        if autocasts(features.device):
             # Every projection would round them anew.
             values = values.to(torch.get_autocast_dtype(features.device.type))
         made = cls(values, norm)
@@ -130,6 +131,6 @@ def _cast(values: Tensor, linear: nn.Module) -> Tensor:
     """Values in the dtype of a linear layer's weight, if it has an ordinary one and autocast does not see to
     it."""
     weight = getattr(linear, "weight", None)
-    if torch.is_autocast_enabled(values.device.type) or not isinstance(weight, Tensor):
+    if autocasts(values.device) or not isinstance(weight, Tensor):
         return values
     return values.to(weight.dtype) if weight.is_floating_point() else values

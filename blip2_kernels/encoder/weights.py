@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.dense_attention import autocasts
+
 
 class _ZeroGradients(torch.autograd.Function):
     @staticmethod
@@ -102,7 +104,7 @@ class WeightCache:
 
     def fold(self, linear: nn.Linear, norm: nn.LayerNorm | None, *, with_bias: bool = True) -> FoldedLinear:
         """As `FoldedLinear.fold`, from the cache where it is still valid."""
-        autocast = torch.is_autocast_enabled(linear.weight.device.type)
+        autocast = autocasts(linear.weight.device)
         if torch.is_grad_enabled() or autocast or torch.compiler.is_compiling():
             return FoldedLinear.fold(linear, norm, with_bias=with_bias)
         read = (linear.weight, linear.bias) + ((None, None) if norm is None else (norm.weight, norm.bias))

@@ -44,6 +44,11 @@ def attend(
     return probs @ v
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether matrix products on a device run in autocast's dtype here."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A region in which tensors keep the dtype they came in: an op's arithmetic is its own business."""
     if torch.amp.is_autocast_available(device.type):
