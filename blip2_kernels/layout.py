@@ -244,11 +244,12 @@ class TokenLayout:
         home = text_masks[0].device if text_masks else device
         sample = torch.arange(first_sample, first_sample + samples, device=home)[:, None]
         keys = [row_keys(QUERY_STREAM, sample, torch.arange(num_queries, device=home)[None, :]).flatten()]
-        texts = []
+        texts: list[TextSegment] = []
         for i, (mask, stream) in enumerate(zip(text_masks, streams, strict=True)):
-            mask = check_text_mask(f"text_masks[{i}]", mask, samples)
-            check_int(f"text_masks[{i}].shape[1]", mask.shape[1], 0, MAX_ORDINALS)
-            segment, ordinal = _text_segment(mask, padded)
+            if i == 0 or mask is not text_masks[i - 1]:  # two texts of one mask lie alike
+                real = check_text_mask(f"text_masks[{i}]", mask, samples)
+                check_int(f"text_masks[{i}].shape[1]", real.shape[1], 0, MAX_ORDINALS)
+                segment, ordinal = _text_segment(real, padded)
             texts.append(_move(segment, device))
             keys.append(row_keys(stream, sample.flatten()[segment.source // max(segment.width, 1)], ordinal))
         return cls(num_queries, samples, tuple(texts), torch.cat(keys).to(device, non_blocking=True), padded)

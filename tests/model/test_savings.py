@@ -15,6 +15,7 @@ from tolerances import WHOLE_MODEL, WHOLE_MODEL_FLOOR, max_error
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig, LlamaConfig, LlamaForCausalLM
 
+from blip2_kernels import layout as layout_module
 from blip2_kernels.encoder import Saving
 from blip2_kernels.model.generation import Blip2ForConditionalGeneration, Blip2GenerationConfig
 from blip2_kernels.model.retrieval import Blip2ForImageTextRetrieval
@@ -287,3 +288,32 @@ def test_config_of_this_file_has_cross_attention_in_the_last_layer():
     """Dead rows and image masks meet there."""
     config = small_config().qformer
     assert (config.num_hidden_layers - 1) % config.cross_attention_frequency == 0
+
+
+@pytest.mark.parametrize(
+    ("mask_device", "forced", "waits"),
+    [("cpu", {}, 1), ("meta", {}, 2), ("meta", {"packed_text": False}, 0)],
+    ids=["lengths known", "lengths on the device", "static shapes"],
+)
+def test_how_often_a_step_of_stage_1_waits_for_the_device(mask_device, forced, waits, monkeypatch):
+    """On tensors without data, where reading any value raises; the one place that may read is counted."""
+    model, inputs = stage1_case(torch.float32, 0.3)
+    del inputs["negatives"]
+    lengths = inputs["attention_mask"].sum(1)
+    seen = []
+
+    def sizes_of(sizes: Tensor) -> tuple[int, int, int]:
+        if sizes.device.type == "cpu":
+            return tuple(map(int, sizes.tolist()))
+        # The first pass' texts, or those of matching, each three times.
+        seen.append(sizes)
+        times = 3 if len(seen) == waits else 1
+        return times * int(lengths.sum()), int(lengths.max()), 0
+
+    monkeypatch.setattr(layout_module, "read_sizes", sizes_of)
+    model.use_fused = True
+    model.qformer.fused_encoder.force(**forced)
+    given = {name: t.to("meta") for name, t in inputs.items()}
+    given["attention_mask"] = inputs["attention_mask"].to(mask_device)
+    model.to("meta")(**given).loss.backward()
+    assert len(seen) == waits
