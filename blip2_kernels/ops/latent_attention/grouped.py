@@ -41,15 +41,16 @@ def _image_by_image(
     tokens, width 1408, one core with avx512_bf16).
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype)  # every sample looks at some image
     for image, tokens in enumerate(features):
         if visible is not None and not bool(visible[image].all()):
             tokens = tokens[visible[image]]
-        looking = [image] if image_index is None else (image_index == image).nonzero()[:, 0]
+        looking = slice(image, image + 1) if image_index is None else (image_index == image).nonzero()[:, 0]
         rows = q[looking].flatten(0, 1)
-        if rows.numel() == 0 or tokens.numel() == 0:
-            continue
-        scores = (rows.to(wide) @ tokens.to(wide).t()).mul_(scale)
-        context = scores.softmax(-1).to(q.dtype) @ tokens
-        out[looking] = context.view(-1, *q.shape[1:])
+        if tokens.numel() == 0:
+            out[looking] = 0
+        elif rows.numel():
+            scores = (rows.to(wide) @ tokens.to(wide).t()).mul_(scale)
+            context = scores.softmax(-1).to(q.dtype) @ tokens
+            out[looking] = context.view(-1, *q.shape[1:])
     return out
