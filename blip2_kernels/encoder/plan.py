@@ -13,7 +13,7 @@ from ..mask import MaskMode
 
 
 class Saving(enum.StrEnum):
-    """The ten savings, by the names under which they are forced on or off."""
+    """The nine savings, by the names under which they are forced on or off."""
 
     PROJECT_ONCE = "project_once"
     """An image's keys and values are computed once for every pass and sample that looks at it."""
@@ -33,8 +33,6 @@ class Saving(enum.StrEnum):
     """The image keys' bias is left out, the image values' bias is added behind the attention."""
     SUPERVISED_ROWS = "supervised_rows"
     """The language-modelling head sees only rows that have a label."""
-    FEW_LAUNCHES = "few_launches"
-    """Query, key and value weights that lie side by side are one matrix product."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,6 @@ class Plan:
             Saving.DEAD_ROWS: self.dead_rows(work),
             Saving.BIAS_IDENTITIES: self.bias_identities(work.attention_dropout),
             Saving.SUPERVISED_ROWS: self.decide(Saving.SUPERVISED_ROWS),
-            Saving.FEW_LAUNCHES: self.decide(Saving.FEW_LAUNCHES),
         }
 
 
