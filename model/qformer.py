@@ -22,6 +22,13 @@ from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
 
 from .qformer_layers import DropoutContext, QFormerCache, QFormerEncoder, drop_hidden
+from .qformer_masks import (
+    check_attention_mask,
+    dense_attention_mask,
+    hides_text_only,
+    text_rows_mask,
+    to_four_dimensions,
+)
 from .qformer_text import FLOATING, LMHead, NormalizedTextEmbeddings, TextEmbeddings
 
 __all__ = [
@@ -276,8 +283,8 @@ class QFormerModel(nn.Module):
             raise ValueError(f"past_key_values: expected a cache of {batch} samples, got one of {cached}")
         num_queries = past_key_values.num_queries if past else query_length
         heads = self.config.num_attention_heads
-        attention_mask = _check_attention_mask(attention_mask, batch, heads, length, past + length)
-        text_mask = _text_mask(attention_mask, batch, num_queries, past + length, hidden.device)
+        attention_mask = check_attention_mask(attention_mask, batch, heads, length, past + length)
+        text_mask = text_rows_mask(attention_mask, batch, num_queries, past + length, hidden.device)
 
         if self.drops or row_keys is not None:
             if row_keys is None:
@@ -290,7 +297,7 @@ class QFormerModel(nn.Module):
             dropout_key = draw_key(hidden.device)
 
         plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
-        if self.use_fused and not plain and _hides_text_only(attention_mask, query_length):
+        if self.use_fused and not plain and hides_text_only(attention_mask, query_length):
             if query_length and prepared is None:
                 prepared = self.fused_encoder.project_images(
                     image, mask=image_mask, query_rows=batch * query_length
@@ -320,7 +327,7 @@ class QFormerModel(nn.Module):
             dropout = DropoutContext(dropout_key, row_keys[:, past:], row_keys, image_keys)
         allowed = dense_attention_mask(mask, num_queries, past, length, hidden.device)
         if attention_mask is not None:
-            allowed = allowed & _to_four_dimensions(attention_mask)
+            allowed = allowed & to_four_dimensions(attention_mask)
         image_allowed = None if image_mask is None else image_mask[:, None, None, :]
 
         hidden = self.embedding_layernorm(hidden)
@@ -483,33 +490,6 @@ class QFormerModel(nn.Module):
         return features, None if mask is None else mask != 0
 
 
-def dense_attention_mask(
-    mode: MaskMode, num_queries: int, past: int, length: int, device: torch.device | str | None = None
-) -> Tensor:
-    """One of the paper's three self-attention masks (figure 2), spelled out.
-
-    Args:
-        mode: which.
-        num_queries: query rows at the front, cached ones included.
-        past: cached rows.
-        length: rows of this pass.
-        device: where to make it.
-
-    Returns:
-        bool [1, 1, length, past + length], True where the row may attend.
-    """
-    to = torch.arange(past + length, device=device)[None, :]
-    row = torch.arange(past, past + length, device=device)[:, None]
-    from_text, to_text = row >= num_queries, to >= num_queries
-    if mode == MaskMode.UNIMODAL:
-        allowed = from_text == to_text
-    elif mode == MaskMode.MULTIMODAL_CAUSAL:
-        allowed = ~to_text | (from_text & (to <= row))
-    else:
-        allowed = (to >= 0) & (row >= 0)
-    return allowed[None, None]
-
-
 def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
     """A `QFormerLayer` called as the module it is, for the fused encoder."""
     dropout = None
@@ -538,44 +518,3 @@ def _expand_to_images(hidden: Tensor, image: Tensor | None) -> Tensor:
             f"encoder_hidden_states: expected {rows} images, one a sample, or 1 for all, got {images}"
         )
     return hidden.expand(max(rows, images), -1, -1)
-
-
-def _check_attention_mask(mask: Tensor | None, batch: int, heads: int, rows: int, keys: int) -> Tensor | None:
-    """Check an attention mask of two to four dimensions; return it as bool."""
-    if mask is None:
-        return None
-    shapes = {
-        2: [batch, keys],
-        3: [batch, rows, keys],
-        4: [batch, mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 4 else heads, rows, keys],
-    }
-    dims = mask.dim() if isinstance(mask, Tensor) else 2
-    check_tensor("attention_mask", mask, shapes.get(dims, shapes[2]), MASK_DTYPES)
-    if dims == 4 and mask.shape[1] not in (1, heads):
-        raise ValueError(
-            f"attention_mask: expected [{batch}, 1 or {heads}, {rows}, {keys}], got {list(mask.shape)}"
-        )
-    check_binary("attention_mask", mask)
-    return mask != 0
-
-
-def _to_four_dimensions(mask: Tensor) -> Tensor:
-    return {2: lambda m: m[:, None, None, :], 3: lambda m: m[:, None], 4: lambda m: m}[mask.dim()](mask)
-
-
-def _text_mask(
-    mask: Tensor | None, batch: int, num_queries: int, keys: int, device: torch.device
-) -> Tensor | None:
-    """Which text rows are real, bool [B, keys - num_queries]; None without text."""
-    if keys == num_queries:
-        return None
-    if mask is not None and mask.dim() == 2:
-        return mask[:, num_queries:]
-    return torch.ones(batch, keys - num_queries, dtype=torch.bool, device=device)
-
-
-def _hides_text_only(mask: Tensor | None, num_queries: int) -> bool:
-    """Whether the mask is one a layout can express: two dimensions, no query hidden."""
-    if mask is None:
-        return True
-    return mask.dim() == 2 and (num_queries == 0 or bool(mask[:, :num_queries].all()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from blip2_kernels.mask import MaskMode
 from blip2_kernels.model import vision
 from blip2_kernels.model.checkpoints import latest_checkpoint
 from blip2_kernels.model.demo import assets, pipeline, recipe
@@ -210,7 +211,9 @@ def test_minilm_is_where_the_queries_and_texts_read_it():
     batch = tokenizer(["a banana left of a car", "an owl at the top"], padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = bert(**batch).last_hidden_state
-        ours = model.text_hidden(batch["input_ids"], batch["attention_mask"])
+        text, unimodal = model.embeddings(batch["input_ids"]), MaskMode.UNIMODAL
+        passed = model.qformer(text, batch["attention_mask"], query_length=0, mask=unimodal)
+        ours = passed.last_hidden_state
     real = batch["attention_mask"].bool()
     assert (ours[real] - expected[real]).abs().max() < 2e-5
 
