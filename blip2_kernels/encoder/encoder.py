@@ -1,7 +1,6 @@
 """The whole Q-Former on packed rows."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -221,7 +220,8 @@ class FusedEncoder:
         if query_rows is None and not self.plan.forced.get(Saving.ABSORBED):
             return False
         images, tokens, _ = source.values.shape
-        gradients = torch.is_grad_enabled() and self._needs_gradient(source)
+        # Whether queries that will look need a gradient is not known yet, though every parameter be frozen.
+        gradients = torch.is_grad_enabled()
         work = Workload(
             0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients
         )
@@ -445,12 +445,6 @@ class FusedEncoder:
     def _checkpoints(self) -> bool:
         on = getattr(self.qformer, "gradient_checkpointing", False) and self.qformer.training
         return on and torch.is_grad_enabled()
-
-    def _needs_gradient(self, source: ImageFeatures) -> bool:
-        parameters = itertools.chain(
-            self.qformer.parameters(), () if source.norm is None else source.norm.parameters()
-        )
-        return source.values.requires_grad or any(parameter.requires_grad for parameter in parameters)
 
 
 def _parameters_of_dead_rows(

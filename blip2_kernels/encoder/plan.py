@@ -64,7 +64,7 @@ class Workload:
         images, image_tokens: distinct images, and tokens of each; 0 without queries.
         looking_rows: query rows that look at these images in all passes together; default those of this one.
         projected: an earlier pass has brought the images' keys and values along.
-        gradients: a gradient will be asked for.
+        gradients: gradients are recorded.
         image_gradients: one of the image features too.
         dropout: hidden states or probabilities are dropped.
         attention_dropout: probabilities are.

@@ -184,6 +184,16 @@ def test_stage_2(instruct, dropout, setting):
     assert_same_step(got, expected, torch.float64, absent=("logits",))
 
 
+def test_stage_2_with_a_frozen_q_former():
+    """The queries alone are trained: a gradient flows through images whose projections need none."""
+    model, inputs = stage2_case(False, torch.float64, 0.0)
+    model.qformer.requires_grad_(False)
+    model.ln_vision.requires_grad_(False)
+    expected = step(model, inputs)
+    model.use_fused = True
+    assert_same_step(step(model, inputs), expected, torch.float64, absent=("logits",))
+
+
 @pytest.mark.parametrize("instruct", [False, True], ids=["blip2", "instructblip"])
 def test_stage_2_in_single_precision(instruct):
     model, inputs = stage2_case(instruct, torch.float32, 0.0)
