@@ -70,10 +70,9 @@ def features(images: int, tokens: int) -> torch.Tensor:
 
 def stage1(tokens: int, dropout: float = 0.0, autocast: bool = False) -> Case:
     model = stage1_model(dropout).train()
-    other = (torch.arange(BATCH) + 3) % BATCH
-    inputs = texts(BATCH) | {"image_features": features(BATCH, tokens), "negatives": (other, other.flip(0))}
-    if not autocast:
-        inputs["negatives"] = (other, (torch.arange(BATCH) + 1) % BATCH)
+    own = torch.arange(BATCH)
+    negatives = (own + 3) % BATCH, (own + 1) % BATCH
+    inputs = texts(BATCH) | {"image_features": features(BATCH, tokens), "negatives": negatives}
 
     def step(use_fused: bool) -> torch.Tensor:
         model.use_fused = use_fused
@@ -84,7 +83,8 @@ def stage1(tokens: int, dropout: float = 0.0, autocast: bool = False) -> Case:
         loss.backward()
         return loss.detach().float()
 
-    return Case("plain", lambda: step(False), lambda: step(True), 0.1 if autocast else 1e-4)
+    peer = "plain, fp32" if autocast else "plain"
+    return Case(peer, lambda: step(False), lambda: step(True), 0.1 if autocast else 1e-4)
 
 
 def query_only(tokens: int) -> Case:

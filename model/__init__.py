@@ -19,9 +19,9 @@ _EXPORTS = {
     "QFormerModel": "qformer",
     "QFormerOutput": "qformer",
     "TextEmbeddings": "qformer",
-    "copy_text_feed_forward_to_query": "qformer",
+    "copy_text_feed_forward_to_query": "qformer_init",
     "generate_captions": "captioning",
-    "init_bert_weights": "qformer",
+    "init_bert_weights": "qformer_init",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -18,7 +18,8 @@ from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 
 from .config import Blip2PreTrainingConfig
-from .qformer import QFormerModel, TextEmbeddings, copy_text_feed_forward_to_query, init_bert_weights
+from .qformer import QFormerModel, TextEmbeddings
+from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
 from .qformer_text import FLOATING, TOKEN_IDS
 
 

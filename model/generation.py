@@ -26,6 +26,7 @@ from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base
 from .generation_config import Blip2GenerationConfig
+from .language_model import check_language_model, position_limit
 from .qformer_text import TOKEN_IDS
 from .soft_prompt import SoftPromptModel, check_text, copy_weights
 from .supervised_rows import supervised_row_loss
@@ -81,7 +82,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         vision_model: nn.Module | None = None,
         use_fused: bool = False,
     ) -> None:
-        _check_language_model(language_model)
+        check_language_model(language_model)
         text_width = language_model.get_input_embeddings().embedding_dim
         text_config = getattr(config, "text_config", None)
         # OPT's smallest embed in fewer channels than they compute in.
@@ -95,7 +96,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
             )
         super().__init__(Blip2GenerationConfig.from_any(config), text_width, vision_model, use_fused)
         self.language_model = language_model.requires_grad_(False)
-        self.position_limit = _position_limit(language_model)
+        self.position_limit = position_limit(language_model)
         self.train(self.training)
 
     @classmethod
@@ -487,26 +488,3 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
                 f"labels: expected at least one that is not -100, got none among {list(labels.shape)} "
                 "(padding and prompt are never supervised)"
             )
-
-
-def _check_language_model(language_model: Any) -> None:
-    wanted = "a language model that generates (AutoModelForCausalLM or AutoModelForSeq2SeqLM)"
-    if not isinstance(language_model, nn.Module):
-        raise TypeError(f"language_model: expected {wanted}, got {describe(language_model)}")
-    for name in ("generate", "get_input_embeddings", "config"):
-        if not hasattr(language_model, name):
-            raise TypeError(
-                f"language_model: expected {wanted}, got a {type(language_model).__name__} without {name}"
-            )
-
-
-def _position_limit(language_model: nn.Module) -> int | None:
-    """Rows a table of learned positions has room for; None where positions are relative or rotary."""
-    limit = getattr(language_model.config, "max_position_embeddings", None)
-    words = language_model.get_input_embeddings()
-    if not isinstance(limit, int):
-        return None
-    # OPT and BART keep two rows in front of the table, others none.
-    tables = [part for part in language_model.modules() if isinstance(part, nn.Embedding)]
-    has_room = [limit <= table.num_embeddings <= limit + 2 for table in tables if table is not words]
-    return limit if any(has_room) else None

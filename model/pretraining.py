@@ -32,7 +32,8 @@ from .losses import (
     matching_loss,
 )
 from .negatives import INDEX_DTYPES, Negatives, check_negatives, positive_pairs, sample_hard_negatives
-from .qformer import LMHead, init_bert_weights
+from .qformer import LMHead
+from .qformer_init import init_bert_weights
 
 LOSSES = ("itc", "itm", "itg")
 """Contrast, matching and generation."""

@@ -17,10 +17,12 @@ from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
 from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall, Saving
+from blip2_kernels.encoder.modules import checkpoints, drops
 from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
 
+from .qformer_init import init_bert_weights
 from .qformer_layers import DropoutContext, QFormerCache, QFormerEncoder, drop_hidden
 from .qformer_masks import (
     check_attention_mask,
@@ -38,9 +40,7 @@ __all__ = [
     "QFormerModel",
     "QFormerOutput",
     "TextEmbeddings",
-    "copy_text_feed_forward_to_query",
     "dense_attention_mask",
-    "init_bert_weights",
 ]
 
 INSTRUCT_MODEL_TYPES = ("instructblip_qformer", "instructblipvideo_qformer")
@@ -65,42 +65,6 @@ class QFormerOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
-
-
-def init_bert_weights(module: nn.Module, initializer_range: float = 0.02) -> None:
-    """Initialise as BERT: linear layers and embeddings N(0, range), biases 0, LayerNorm 1 and 0, padding row
-    0.
-
-    Args:
-        module: changed in place with everything in it.
-        initializer_range: standard deviation.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=initializer_range)
-        if isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-        if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
-            nn.init.zeros_(part.bias)
-        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            with torch.no_grad():
-                part.weight[part.padding_idx].zero_()
-
-
-@torch.no_grad()
-def copy_text_feed_forward_to_query(qformer: "QFormerModel") -> None:
-    """Start the query feed-forward networks from the text ones, as LAVIS does after loading BERT.
-
-    Raises:
-        ValueError: the Q-Former has no text feed-forward networks.
-    """
-    if not qformer.has_text:
-        raise ValueError(
-            "qformer: expected text feed-forward networks, got a config with use_qformer_text_input=False"
-        )
-    for layer in qformer.encoder.layer:
-        layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
-        layer.output_query.load_state_dict(layer.output.state_dict())
 
 
 class QFormerModel(nn.Module):
@@ -193,13 +157,12 @@ class QFormerModel(nn.Module):
     @property
     def checkpoints(self) -> bool:
         """Whether a forward pass now would checkpoint its layers."""
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return checkpoints(self)
 
     @property
     def drops(self) -> bool:
         """Whether a forward pass now would apply dropout."""
-        config = self.config
-        return self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
+        return drops(self)
 
     def forward(
         self,

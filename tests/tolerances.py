@@ -28,13 +28,19 @@ def assert_yardstick(name: str, value: Tensor, plain: Tensor, truth: Tensor) -> 
 
 
 def assert_same_gradients(named: dict[str, Tensor | None], truth: dict[str, Tensor | None], dtype) -> None:
-    """Assert whole-model parity: relative to each parameter's largest gradient, with a floor."""
+    """Assert whole-model parity: relative to each parameter's largest gradient, with a floor.
+
+    A key bias shifts all scores of a row alike: its true gradient is 0, what is computed is rounding noise.
+    """
     largest = max(float(g.abs().max()) for g in truth.values() if g is not None)
     for name, expected in truth.items():
         got = named[name]
         assert (got is None) == (expected is None), f"{name}: gradient {got is None=} but {expected is None=}"
         if expected is None:
             continue
-        scale = max(float(expected.abs().max()), WHOLE_MODEL_FLOOR * largest)
-        error = max_error(got, expected) / scale
-        assert error <= WHOLE_MODEL[dtype], f"{name}: relative gradient error {error:.3e}"
+        error, noise = max_error(got, expected), WHOLE_MODEL_FLOOR * largest
+        if name.endswith("attention.key.bias"):
+            assert max(error, float(got.abs().max())) <= noise, f"{name}: no rounding noise"
+            continue
+        bound = WHOLE_MODEL[dtype] * max(float(expected.abs().max()), noise)
+        assert error <= bound, f"{name}: gradient error {error:.3e} exceeds {bound:.3e}"

@@ -1,6 +1,5 @@
 """The whole Q-Former on packed rows."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from .layer import (
     self_attention_part,
     shared_self_attention_part,
 )
-from .modules import bypass_reason, plain_reason, projections_reason
+from .modules import bypass_reason, checkpoints, drops, plain_reason, projections_reason
 from .plan import Architecture, Plan, Saving, Workload, table
 from .weights import WeightCache, with_zero_gradients
 
@@ -185,20 +184,17 @@ class FusedEncoder:
             raise ValueError(f"frozen: expected {not frozen} for features with {came}, got {frozen}")
 
         crossing = [layer for layer in layers if hasattr(layer, "crossattention")]
-        reasons = [
+        reasons = (
             bypass_reason(layer) or projections_reason(layer.crossattention.attention) for layer in crossing
-        ]
-        changed = next((reason for reason in reasons if reason is not None), None)
+        )
+        changed = next(filter(None, reasons), None)
         source = self._source(features, norm, image_gradients, changed is not None)
         absorbed = self._absorbs(source, query_rows, changed)
-        checkpointed = self._checkpoints()
+        checkpointed = checkpoints(self.qformer)
         once = self.plan.project_once(checkpointed).applies
-        prepared = ImageKeyValues(
-            source, (None,) * len(layers), mask, absorbed, shared=once or absorbed or checkpointed
-        )
-        if absorbed or not once:
-            return prepared
-        return dataclasses.replace(prepared, layers=tuple(self._project(layer, source) for layer in layers))
+        project_now = once and not absorbed
+        made = tuple(self._project(layer, source) if project_now else None for layer in layers)
+        return ImageKeyValues(source, made, mask, absorbed, shared=once or absorbed or checkpointed)
 
     def _source(
         self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool, keep_whole: bool
@@ -232,7 +228,7 @@ class FusedEncoder:
         if not hasattr(layer, "crossattention") or bypass_reason(layer) is not None:
             return None
         attention = layer.crossattention.attention
-        attention_dropout = self._drops() and attention.attention_dropout > 0
+        attention_dropout = drops(self.qformer) and attention.attention_dropout > 0
         return project(
             attention,
             self.qformer.config.num_attention_heads,
@@ -284,9 +280,8 @@ class FusedEncoder:
         layers = self.qformer.encoder.layer
         keep = tuple(["all"] * len(texts) if keep_texts is None else keep_texts)
         key = None
-        if self._drops():
-            device = layout.device
-            key = draw_key(device) if dropout_key is None else dropout_key
+        if drops(self.qformer):
+            key = draw_key(layout.device) if dropout_key is None else dropout_key
         run = Pass(layout, mask, self.qformer.config.num_attention_heads, images, image_index, key)
         kept = Selected.of(layout, keep_queries, keep)
         whole = [bypass_reason(layer) for layer in layers]
@@ -304,7 +299,7 @@ class FusedEncoder:
                 continue
             selected = kept if early and number == len(layers) - 1 else None
             arguments = (layer, number, hidden, run, shared and number == 0, selected)
-            if self._checkpoints():
+            if checkpoints(self.qformer):
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._layer(*arguments)
@@ -434,17 +429,6 @@ class FusedEncoder:
                 f"{len(images.layers)}"
             )
         return queries, list(texts)
-
-    # ----------------------------------------------------------------------------------- what the module says
-
-    def _drops(self) -> bool:
-        config = self.qformer.config
-        rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob)
-        return self.qformer.training and any(rate > 0 for rate in rates)
-
-    def _checkpoints(self) -> bool:
-        on = getattr(self.qformer, "gradient_checkpointing", False) and self.qformer.training
-        return on and torch.is_grad_enabled()
 
 
 def _parameters_of_dead_rows(

@@ -40,9 +40,9 @@ class ImageFeatures:
     @property
     def behind_norm(self) -> Tensor:
         """[images, tokens, width] behind the whole norm."""
-        if self.whole is not None or self.norm is None:
-            return self.values if self.whole is None else self.whole
-        return self.values * self.norm.weight + self.norm.bias
+        if self.whole is not None:
+            return self.whole
+        return self.values if self.norm is None else self.values * self.norm.weight + self.norm.bias
 
     def of_samples(self, image_index: Tensor) -> "ImageFeatures":
         """The same with one copy a sample."""
@@ -89,9 +89,6 @@ class ImageKeyValues:
     def images(self) -> int:
         """How many images; samples point at them through `image_index`."""
         return self.features.values.shape[0]
-
-    def __len__(self) -> int:
-        return self.images
 
 
 def project(

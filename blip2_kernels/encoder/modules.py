@@ -7,6 +7,7 @@ silence, so a module is gone around only while it is exactly what it was built a
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 STOCK = (
@@ -82,3 +83,16 @@ def projections_reason(attention: nn.Module) -> str | None:
         if reason is not None:
             return f"{name} {reason}"
     return None
+
+
+def drops(qformer: nn.Module) -> bool:
+    """Whether a forward pass of a Q-Former now would apply dropout."""
+    config = qformer.config
+    rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob)
+    return qformer.training and any(rate > 0 for rate in rates)
+
+
+def checkpoints(qformer: nn.Module) -> bool:
+    """Whether a forward pass of a Q-Former now would checkpoint its layers."""
+    asked = bool(getattr(qformer, "gradient_checkpointing", False))
+    return asked and qformer.training and torch.is_grad_enabled()

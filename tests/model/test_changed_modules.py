@@ -86,21 +86,9 @@ def replace(parent: nn.Module, name: str, make) -> None:
     setattr(parent, name, make(getattr(parent, name)))
 
 
-def own_linear(linear: nn.Linear) -> nn.Linear:
-    own = OwnLinear(linear.in_features, linear.out_features, dtype=linear.weight.dtype)
-    own.load_state_dict(linear.state_dict())
-    return own
-
-
-def own_layer(former: QFormerLayer) -> QFormerLayer:
-    former.__class__ = OwnLayer
-    return former
-
-
-def own_norm(former: nn.LayerNorm) -> nn.LayerNorm:
-    own = OwnNorm(former.normalized_shape, eps=former.eps, dtype=former.weight.dtype)
-    own.load_state_dict(former.state_dict())
-    return own
+def become(module: nn.Module, derived: type[nn.Module]) -> None:
+    """Make a module one of a derived class, its parameters as they are."""
+    module.__class__ = derived
 
 
 def doubling(linear: nn.Linear) -> nn.Linear:
@@ -159,11 +147,11 @@ CHANGES = {
     ),
     "the image keys' own forward": (lambda m: own_forward(cross(m).key, 1.1), "its image key has a forward"),
     "a derived layer": (
-        lambda m: replace(m.qformer.encoder.layer, "1", own_layer),
+        lambda m: become(layer(m), OwnLayer),
         "the layer is a OwnLayer",
     ),
     "derived image values": (
-        lambda m: replace(cross(m), "value", own_linear),
+        lambda m: become(cross(m).value, OwnLinear),
         "its image value is a OwnLinear",
     ),
     "wrapped image keys": (lambda m: replace(cross(m), "key", Wrapped), "its image key is a Wrapped"),
@@ -174,7 +162,7 @@ CHANGES = {
         "its image value has weights of type DoublingTensor",
     ),
     "weight norm": (lambda m: weight_norm(cross(m).value), "its image value is a ParametrizedLinear"),
-    "a derived image norm": (lambda m: replace(m, "ln_vision", own_norm), None),
+    "a derived image norm": (lambda m: become(m.ln_vision, OwnNorm), None),
     "a checkpointing wrapper": (
         lambda m: replace(m.qformer.encoder.layer, "1", checkpoint_wrapper),
         "layer 1 is called whole",

@@ -28,9 +28,8 @@ from blip2_kernels.model.qformer import (
     LMHead,
     QFormerModel,
     TextEmbeddings,
-    copy_text_feed_forward_to_query,
-    init_bert_weights,
 )
+from blip2_kernels.model.qformer_init import copy_text_feed_forward_to_query, init_bert_weights
 
 
 @pytest.fixture(scope="module")
