@@ -26,6 +26,9 @@ result = train(
 rank = torch.distributed.get_rank()
 saved = {{"weights": weights(model), "history": result.history, "calls": model.calls}}
 torch.save(saved, {folder!r} + f"/{{rank}}.pt")
+# A process that ends with its group alive may find a thread of it running, and abort.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
