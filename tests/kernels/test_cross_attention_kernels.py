@@ -59,6 +59,12 @@ def test_random_cases(kernel_cases, seed):
         check(draw_case(rng), rng.randrange(2**31))
 
 
+def test_the_gradient_of_the_scores_is_not_rounded_to_bf16():
+    """Rounded once, it puts dk past the yardstick in one random case of a hundred; this is one."""
+    case = CrossCase((0, 1, 2, 1), 4, 3, 64, heads=1, head_dim=8, dtype=torch.bfloat16)
+    check(case, 344)
+
+
 # ------------------------------------------------------------------------------------------------ properties
 
 

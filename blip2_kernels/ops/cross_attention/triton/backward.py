@@ -16,6 +16,7 @@ owner.
 import triton
 import triton.language as tl
 
+from ...triton_primitives import split, split_dot
 from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
@@ -47,7 +48,7 @@ def _scores(
     scale, scale_log2, keep_scale, level, place,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Dropped probabilities and the gradient of the scores, both [M, N] in the inputs' dtype."""
+    """Dropped probabilities [M, N] in the inputs' dtype, and the gradient of the scores [M, N], split."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     probs = tl.where(visible[None, :], tl.exp2(scores - lse[:, None]), 0.0)
     d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -56,8 +57,8 @@ def _scores(
         keep = keep_at(start, m_key, head, dropout_key_ptr, level, place, BLOCK_N)
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
-    d_scores = probs * (d_probs - delta[:, None]) * scale
-    return dropped.to(q.dtype), d_scores.to(q.dtype)
+    high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
+    return dropped.to(q.dtype), high, low
 
 
 @triton.jit(do_not_specialize=["tokens", "level", "place"])
@@ -101,15 +102,16 @@ def backward_rows_kernel(
         n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
         k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
-        dropped, d_scores = _scores(
+        dropped, high, low = _scores(
             q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
             scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
         )  # fmt: skip
-        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+        dq = split_dot(high, low, k, dq, PRECISION)
         if rows <= BLOCK_M:
             dv = tl.dot(tl.trans(dropped), grad, input_precision=PRECISION)  # [N, D]
             store_tile(dv_ptr, dv, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
-            dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION)  # [N, D]
+            dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
             store_tile(dk_ptr, dk, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
     place_of_m = ((sample * NUM_QUERIES + query) * heads + head) * HEAD_DIM
     store_tile(dq_ptr, dq, place_of_m, there, HEAD_DIM, BLOCK_D)
@@ -161,11 +163,11 @@ def backward_keys_kernel(
                 q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
                 NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            dropped, d_scores = _scores(
+            dropped, high, low = _scores(
                 q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
                 scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
             )  # fmt: skip
             dv = tl.dot(tl.trans(dropped), grad, dv, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(d_scores), q, dk, input_precision=PRECISION)
+            dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
         store_tile(dv_ptr, dv, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
         store_tile(dk_ptr, dk, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)

@@ -13,6 +13,7 @@ Every element of dQ, dK and dV belongs to one program, which sums it in a fixed 
 import triton
 import triton.language as tl
 
+from ...triton_primitives import split, split_dot
 from .tile import allowed_at, extent, keep_at, load_tile, real_at, rows_at, store_tile
 
 
@@ -61,10 +62,11 @@ def _tile(
     store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
 
     delta = tl.sum(probs * d_probs, 1)
-    d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)  # [M, N]
-    dk = tl.dot(tl.trans(d_scores), q, input_precision=PRECISION)  # [N, D]
+    high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)  # [M, N]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
     store_tile(dk_ptr, dk, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    dq = tl.dot(d_scores, k, input_precision=PRECISION)  # [M, D]
+    dq = split_dot(high, low, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
     store_tile(dq_ptr, dq, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
@@ -165,8 +167,8 @@ def _d_rows(
                 dropout_key_ptr, level, place, TEXT, WIDE, BLOCK_N,
             )  # fmt: skip
             d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
-        d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)
-        dq = tl.dot(d_scores, k, dq, input_precision=PRECISION)
+        high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
+        dq = split_dot(high, low, k, dq, PRECISION)
     store_tile(dq_ptr, dq, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
@@ -212,8 +214,8 @@ def _d_keys(
             dropped = tl.where(keep, probs * keep_scale, 0.0)
             d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
         dv = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, dv, input_precision=PRECISION)
-        d_scores = (probs * (d_probs - delta[:, None]) * scale).to(q.dtype)
-        dk = tl.dot(tl.trans(d_scores), q, dk, input_precision=PRECISION)
+        high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
+        dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
     store_tile(dk_ptr, dk, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
     store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
 
