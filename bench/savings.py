@@ -3,6 +3,7 @@
     python bench/savings.py                         every case (about half an hour on 2 cores)
     python bench/savings.py --only stage1-257 --pairs 5
     python bench/savings.py --json savings.json     keeps every time, with device and versions
+    python bench/savings.py --same-library          our fp32 products by MKL too: the savings alone
 
 BERT-base Q-Former (12 layers, 768 channels), 32 queries, image width 1408, random weights, fp32 unless the
 case says otherwise. A figure is the ratio of the medians of interleaved runs. Both sides must agree first.
@@ -16,7 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,6 +129,15 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def without_onednn(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Run with fp32 products by the library that torch prefers."""
+    torch.backends.mkldnn.enabled = False
+    try:
+        return run()
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
 def measure(case: Case, pairs: int) -> dict[str, list[float]]:
     """Seconds of interleaved runs, a warm-up of each and a comparison before them."""
     error = float((case.run_peer() - case.run_ours()).abs().max())
@@ -148,6 +159,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME", help=f"cases among {', '.join(CASES)}")
     parser.add_argument("--pairs", type=int, default=3, help="timed pairs a case (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="threads to compute with (default 2)")
+    parser.add_argument(
+        "--same-library", action="store_true", help="multiply with the peer's BLAS, not with oneDNN"
+    )
     parser.add_argument("--json", type=Path, help="write every time here")
     arguments = parser.parse_args()
     chosen = [name for name in CASES if arguments.only in name]
@@ -157,6 +171,8 @@ def main() -> int:
     results = {}
     for name in chosen:
         case = CASES[name]()
+        if arguments.same_library:
+            case = replace(case, run_ours=partial(without_onednn, case.run_ours))
         seconds = measure(case, arguments.pairs)
         peer, ours = (statistics.median(seconds[side]) for side in ("peer", "ours"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -172,6 +188,7 @@ def main() -> int:
             "threads": arguments.threads,
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "our products by": "MKL" if arguments.same_library else "the faster library",
             "transformers": transformers.__version__,
         }
         arguments.json.write_text(json.dumps({"about": about, "cases": results}, indent=1) + "\n")

@@ -24,7 +24,7 @@ from .layer import (
 )
 from .modules import bypass_reason, checkpoints, drops, plain_reason, projections_reason
 from .plan import Architecture, Plan, Saving, Workload, table
-from .weights import WeightCache, with_zero_gradients
+from .weights import Fold, FoldedLinear, WeightCache, with_zero_gradients
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ class FusedEncoder:
         self._cache = WeightCache()
         return self
 
+    @property
+    def _fold(self) -> Fold:
+        return FoldedLinear.fold if self._cache is None else self._cache.fold
+
     # --------------------------------------------------------------------------------------------- the images
 
     def project_images(
@@ -235,7 +239,7 @@ class FusedEncoder:
             features,
             read_weights=projections_reason(attention) is None,
             bias_identities=self.plan.bias_identities(attention_dropout).applies,
-            cache=self._cache,
+            fold=self._fold,
         )
 
     # ------------------------------------------------------------------------------------------------- a pass
@@ -282,7 +286,8 @@ class FusedEncoder:
         key = None
         if drops(self.qformer):
             key = draw_key(layout.device) if dropout_key is None else dropout_key
-        run = Pass(layout, mask, self.qformer.config.num_attention_heads, images, image_index, key)
+        heads = self.qformer.config.num_attention_heads
+        run = Pass(layout, mask, heads, images, image_index, key, self._fold)
         kept = Selected.of(layout, keep_queries, keep)
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)

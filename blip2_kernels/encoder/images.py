@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.dense_attention import autocasts
-from .weights import FoldedLinear, WeightCache
+from ..ops.linear import linear
+from .modules import call_linear
+from .weights import Fold
 
 __all__ = ["ImageFeatures", "ImageKeyValues", "KeyValues"]
 
@@ -98,7 +100,7 @@ def project(
     *,
     read_weights: bool,
     bias_identities: bool,
-    cache: WeightCache | None,
+    fold: Fold,
 ) -> KeyValues:
     """One layer's keys and values of all images.
 
@@ -109,25 +111,25 @@ def project(
         read_weights: whether the linear layers may be gone around; else they are called as modules.
         bias_identities: leave the key bias out, which cancels in the softmax (its gradient is 0), and the
             value bias to `context_bias`.
-        cache: folded weights, made by `prepare_inference`; None to fold at every call.
+        fold: how to fold the norm into a linear layer.
     """
     if not read_weights:
         values = _cast(features.behind_norm, attention.key)
-        key, value = attention.key(values), attention.value(values)
+        key, value = call_linear(attention.key, values), call_linear(attention.value, values)
         return KeyValues(key.unflatten(-1, (heads, -1)), value.unflatten(-1, (heads, -1)))
     values = _cast(features.values, attention.key)
-    fold = cache.fold if cache is not None else FoldedLinear.fold
-    key = fold(attention.key, features.norm, with_bias=not bias_identities)
-    value = fold(attention.value, features.norm)
-    added_here, added_later = (None, value.bias) if bias_identities else (value.bias, None)
-    keys, read = F.linear(values, key.weight, key.bias), F.linear(values, value.weight, added_here)
-    return KeyValues(keys.unflatten(-1, (heads, -1)), read.unflatten(-1, (heads, -1)), added_later)
+    folded_key = fold(attention.key, features.norm, with_bias=not bias_identities)
+    folded_value = fold(attention.value, features.norm)
+    added_here, added_later = (None, folded_value.bias) if bias_identities else (folded_value.bias, None)
+    key = linear(values, folded_key.weight, folded_key.bias)
+    value = linear(values, folded_value.weight, added_here)
+    return KeyValues(key.unflatten(-1, (heads, -1)), value.unflatten(-1, (heads, -1)), added_later)
 
 
-def _cast(values: Tensor, linear: nn.Module) -> Tensor:
+def _cast(values: Tensor, layer: nn.Module) -> Tensor:
     """Values in the dtype of a linear layer's weight, if it has an ordinary one and autocast does not see to
     it."""
-    weight = getattr(linear, "weight", None)
+    weight = getattr(layer, "weight", None)
     if autocasts(values.device) or not isinstance(weight, Tensor):
         return values
     return values.to(weight.dtype) if weight.is_floating_point() else values

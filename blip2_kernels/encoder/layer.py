@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from ..layout import Selection, TokenLayout
 from ..mask import AttentionMask
 from ..ops import cross_attention, latent_attention, self_attention
+from ..ops.linear import linear_by_head
 from ..ops.philox import Site, dropout_hidden
 from .images import ImageKeyValues, KeyValues
+from .modules import call_linear
+from .weights import Fold, FoldedLinear
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Pass:
         images: what the images contribute, None where no layer needs them.
         image_index: int32 [S], the image each sample looks at; None for its own.
         dropout_key: int64 [] Philox key of the step, or None where nothing is dropped.
+        fold: `FoldedLinear.fold`, or that of a cache.
     """
 
     layout: TokenLayout
@@ -61,6 +65,7 @@ class Pass:
     images: ImageKeyValues | None
     image_index: Tensor | None
     dropout_key: Tensor | None
+    fold: Fold = FoldedLinear.fold
 
     def drop(self, x: Tensor, dropout: nn.Dropout, names: Tensor, layer: int, site: Site) -> Tensor:
         """Drop hidden elements of x [rows, C] at the rate of a dropout module."""
@@ -114,8 +119,8 @@ def self_attention_part(
     if kept is not None:
         layout, asking = kept.layout, rows.index_select(0, kept.index)
     split = (run.heads, -1)
-    q = attention.query(asking).unflatten(-1, split)
-    k, v = (linear(rows).unflatten(-1, split) for linear in (attention.key, attention.value))
+    q = call_linear(attention.query, asking).unflatten(-1, split)
+    k, v = (call_linear(each, rows).unflatten(-1, split) for each in (attention.key, attention.value))
     drop = run.attention_dropout(attention, number)
     context = self_attention(q, k, v, layout, run.layout, run.mask, scale=attention.scaling, **drop)
     return _add_norm(
@@ -141,7 +146,8 @@ def shared_self_attention_part(
     layout, split = run.layout, (run.heads, -1)
     rows = queries if text is None else torch.cat([queries, text])
     q, k, v = (
-        linear(rows).unflatten(-1, split) for linear in (attention.query, attention.key, attention.value)
+        call_linear(each, rows).unflatten(-1, split)
+        for each in (attention.query, attention.key, attention.value)
     )
     count, samples = queries.shape[0], layout.samples
 
@@ -154,7 +160,7 @@ def shared_self_attention_part(
             spread(q), spread(k), spread(v), layout, layout, run.mask, scale=attention.scaling
         )
         rows = spread(rows)
-        rows = output.LayerNorm(rows + output.dense(context.flatten(1)))
+        rows = output.LayerNorm(rows + call_linear(output.dense, context.flatten(1)))
         return rows[: layout.query_rows], rows[layout.query_rows :]
 
     one = TokenLayout.from_attention_masks(count, samples=1, device=rows.device)
@@ -167,7 +173,7 @@ def shared_self_attention_part(
             q[count:], spread(k), spread(v), texts, layout, run.mask, scale=attention.scaling
         )
         context = torch.cat([context, read])
-    rows = output.LayerNorm(rows + output.dense(context.flatten(1)))
+    rows = output.LayerNorm(rows + call_linear(output.dense, context.flatten(1)))
     return rows[:count], rows[count:] if text is not None else None
 
 
@@ -189,13 +195,12 @@ def cross_attention_part(
     """
     attention = layer.crossattention.attention
     samples, count = run.layout.samples, run.layout.num_queries
-    q = attention.query(queries).unflatten(-1, (run.heads, -1)).unflatten(0, (-1, count))
-    q = q.expand(samples, -1, -1, -1)
+    q = call_linear(attention.query, queries).unflatten(-1, (run.heads, -1)).unflatten(0, (-1, count))
     if images is None:
         context = _absorbed(attention, q, run)
     else:
         context = cross_attention(
-            q,
+            q.expand(samples, -1, -1, -1),
             images.key,
             images.value,
             image_index=run.image_index if run.images.shared else None,
@@ -232,7 +237,7 @@ def feed_forward_part(
         if rows is None:
             continue
         intermediate, output = getattr(layer, f"intermediate{kind}"), getattr(layer, f"output{kind}")
-        inner = intermediate.intermediate_act_fn(intermediate.dense(rows))
+        inner = intermediate.intermediate_act_fn(call_linear(intermediate.dense, rows))
         own = names[done : done + rows.shape[0]]
         outputs.append(_add_norm(output, inner, rows, own, number, Site.FEED_FORWARD, run))
         done += rows.shape[0]
@@ -266,34 +271,30 @@ def call_whole(layer: nn.Module, rows: Tensor, run: Pass, call: CallLayer) -> Te
 
 
 def _absorbed(attention: nn.Module, q: Tensor, run: Pass) -> Tensor:
-    """Cross-attention on the features themselves, [S, Q, hidden].
+    """Cross-attention of q [S or 1, Q, heads, head_dim] on the features themselves, [S, Q, hidden].
 
         scores = q (I W_k^T)^T = (q W_k) I^T        context = P (I W_v^T) = (P I) W_v^T
 
     The key bias adds the same to all scores of a row, which the softmax takes out again.
     """
-    features, heads = run.images.features, run.heads
-    samples, count, _, head_dim = q.shape
-    norm = features.norm
-    key = attention.key.weight.unflatten(0, (heads, head_dim))  # [heads, head_dim, width]
-    value = attention.value.weight.unflatten(0, (heads, head_dim))
-    by_head = q.to(key.dtype).flatten(0, 1).transpose(0, 1)  # [heads, S * Q, head_dim]
-    latent = by_head @ key  # [heads, S * Q, width]
-    if norm is not None:
-        latent = latent * norm.weight
-    latent = latent.transpose(0, 1).reshape(samples, count * heads, -1).to(features.values.dtype)
-    index = run.image_index if run.images.shared else None
+    features, samples = run.images.features, run.layout.samples
+    _, count, heads, head_dim = q.shape
+    key = run.fold(attention.key, features.norm, with_bias=False).weight
+    value = run.fold(attention.value, features.norm)
+    by_head = key.unflatten(0, (heads, head_dim)).transpose(1, 2)  # [heads, width, head_dim]
+    latent = linear_by_head(q.flatten(0, 1).to(key.dtype), by_head)  # [all Q, heads, width]
+    latent = latent.to(features.values.dtype).reshape(-1, count * heads, latent.shape[-1])
     read = latent_attention(
-        latent, features.values, scale=attention.scaling, image_index=index, image_mask=_mask_of_samples(run)
+        latent.expand(samples, -1, -1),
+        features.values,
+        scale=attention.scaling,
+        image_index=run.image_index if run.images.shared else None,
+        image_mask=_mask_of_samples(run),
     )
-    read = read.view(samples * count, heads, -1).transpose(0, 1).to(value.dtype)  # [heads, S * Q, width]
-    if norm is not None:
-        read = read * norm.weight
-    context = (read @ value.transpose(1, 2)).transpose(0, 1).reshape(samples, count, -1)
-    bias = attention.value.bias
-    if norm is not None:
-        bias = torch.nn.functional.linear(norm.bias, attention.value.weight, bias)
-    return context if bias is None else context + _seen(run, bias)
+    read = read.view(samples * count, heads, -1).to(value.weight.dtype)
+    context = linear_by_head(read, value.weight.unflatten(0, (heads, head_dim)))  # [S * Q, heads, head_dim]
+    context = context.reshape(samples, count, -1)
+    return context if value.bias is None else context + _seen(run, value.bias)
 
 
 def _mask_of_samples(run: Pass) -> Tensor | None:
@@ -317,4 +318,6 @@ def _add_norm(
     output: nn.Module, x: Tensor, residual: Tensor, names: Tensor, number: int, site: Site, run: Pass
 ) -> Tensor:
     """LayerNorm(residual + dropout(dense(x))): how each of the three parts of a layer ends."""
-    return output.LayerNorm(residual + run.drop(output.dense(x), output.dropout, names, number, site))
+    return output.LayerNorm(
+        residual + run.drop(call_linear(output.dense, x), output.dropout, names, number, site)
+    )

@@ -293,6 +293,8 @@ def cost(architecture: Architecture, work: Workload, applied: Mapping[Saving, bo
         rows += taken * sum(architecture.cross) * architecture.width * C
     if applied[Saving.ABSORBED]:
         rows += absorbed_flops(architecture, work.images, work.image_tokens, work.query_rows) // 2
+        if applied[Saving.SHARED_FIRST_LAYER] and architecture.cross[0] and not joint:
+            rows -= (work.query_rows - work.queries) * C * architecture.width
         image_elements = work.images * work.image_tokens * architecture.width
     elif work.queries:
         core += 2 * sum(architecture.cross) * work.query_rows * work.image_tokens * C

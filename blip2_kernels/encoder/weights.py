@@ -1,6 +1,6 @@
 """Weights made from other weights: a norm folded into a linear layer, and a cache of such for inference."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +68,9 @@ class FoldedLinear:
             return cls(weight, linear.bias)
         return cls(weight, F.linear(norm.bias, linear.weight, linear.bias))
 
+
+Fold = Callable[..., FoldedLinear]
+"""`FoldedLinear.fold`, or `WeightCache.fold`."""
 
 Signature = tuple[tuple[object, ...] | None, ...]
 

@@ -9,6 +9,7 @@ As torch counts fused attention: two products in the forward; five in the backwa
 again. Masked scores count as if computed, and a sample's text as long as the longest.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -70,11 +71,16 @@ def _similarity(image_feats: Shape, text_feats: Shape, *_, **__) -> int:
     return 2 * images * queries * text_feats[0] * width
 
 
+def _linear(x: Shape, weight: Shape, *_, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 _ours, _aten = torch.ops.blip2_kernels, torch.ops.aten
 
 FORMULAS: dict[object, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    torch.ops.mkldnn._linear_pointwise: _linear,
     _ours.self_attention: _self_attention,
     _ours.self_attention_backward: _self_attention_backward,
     _ours.cross_attention: _cross_attention,

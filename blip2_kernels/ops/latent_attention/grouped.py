@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...checks import values_are_free
 from ..dense_attention import attend_torch
+from ..linear import linear
 
 
 def latent_attention_grouped(
@@ -50,7 +51,7 @@ def _image_by_image(
         if tokens.numel() == 0:
             out[looking] = 0
         elif rows.numel():
-            scores = (rows.to(wide) @ tokens.to(wide).t()).mul_(scale)
-            context = scores.softmax(-1).to(q.dtype) @ tokens
+            scores = linear(rows.to(wide), tokens.to(wide)).mul_(scale)
+            context = linear(scores.softmax(-1).to(q.dtype), tokens.t())
             out[looking] = context.view(-1, *q.shape[1:])
     return out
