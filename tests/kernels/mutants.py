@@ -35,8 +35,8 @@ LIMIT = 1800
 """Seconds a run of pytest may take."""
 
 FAST = (
-    "random_cases or nothing or poison or offsets or out_of_range or grouping or row_keys or no_visible"
-    " or (dropout_mask and not 140 and not 530)"
+    "random_cases or is_not_rounded or nothing or poison or offsets or out_of_range or grouping or row_keys"
+    " or no_visible or (dropout_mask and not 140 and not 530)"
 )
 """The tests, by parts of their names, that find most faults in the least time."""
 
