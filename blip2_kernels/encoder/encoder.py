@@ -24,7 +24,7 @@ from .layer import (
 )
 from .modules import bypass_reason, checkpoints, drops, plain_reason, projections_reason
 from .plan import Architecture, Plan, Saving, Workload, table
-from .weights import Fold, FoldedLinear, WeightCache, with_zero_gradients
+from .weights import Fold, FoldedLinear, Join, WeightCache, with_zero_gradients
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class FusedEncoder:
         if not isinstance(work, Workload):
             raise TypeError(f"work: expected a Workload, got {describe(work)}")
         architecture = self.architecture
-        lines = [table(architecture, work, self.plan.decisions(work, architecture))]
+        how = dict(prepared=self._cache is not None, on_cpu=self._on_cpu)
+        lines = [table(architecture, work, self.plan.decisions(work, architecture, **how))]
         for number, layer in enumerate(self.qformer.encoder.layer):
             reason = bypass_reason(layer)
             if reason is not None:
@@ -147,6 +148,16 @@ class FusedEncoder:
     @property
     def _fold(self) -> Fold:
         return FoldedLinear.fold if self._cache is None else self._cache.fold
+
+    @property
+    def _join(self) -> Join | None:
+        how = (torch.is_grad_enabled(), self._cache is not None, self._on_cpu)
+        applies = self.plan.joined_projections(*how).applies
+        return self._cache.joined if applies and self._cache is not None else None
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.qformer.encoder.layer[0].attention.attention.query.weight.device.type == "cpu"
 
     # --------------------------------------------------------------------------------------------- the images
 
@@ -287,7 +298,7 @@ class FusedEncoder:
         if drops(self.qformer):
             key = draw_key(layout.device) if dropout_key is None else dropout_key
         heads = self.qformer.config.num_attention_heads
-        run = Pass(layout, mask, heads, images, image_index, key, self._fold)
+        run = Pass(layout, mask, heads, images, image_index, key, self._fold, self._join)
         kept = Selected.of(layout, keep_queries, keep)
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)

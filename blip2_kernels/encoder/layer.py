@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..layout import Selection, TokenLayout
 from ..mask import AttentionMask
 from ..ops import cross_attention, latent_attention, self_attention
-from ..ops.linear import linear_by_head
+from ..ops.linear import linear, linear_by_head
 from ..ops.philox import Site, dropout_hidden
 from .images import ImageKeyValues, KeyValues
-from .modules import call_linear
-from .weights import Fold, FoldedLinear
+from .modules import call_linear, plain_reason
+from .weights import Fold, FoldedLinear, Join
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Pass:
         image_index: int32 [S], the image each sample looks at; None for its own.
         dropout_key: int64 [] Philox key of the step, or None where nothing is dropped.
         fold: `FoldedLinear.fold`, or that of a cache.
+        join: `WeightCache.joined` where self-attention's projections are one product.
     """
 
     layout: TokenLayout
@@ -66,6 +67,7 @@ class Pass:
     image_index: Tensor | None
     dropout_key: Tensor | None
     fold: Fold = FoldedLinear.fold
+    join: Join | None = None
 
     def drop(self, x: Tensor, dropout: nn.Dropout, names: Tensor, layer: int, site: Site) -> Tensor:
         """Drop hidden elements of x [rows, C] at the rate of a dropout module."""
@@ -115,12 +117,13 @@ def self_attention_part(
         [kept rows, hidden].
     """
     attention = layer.attention.attention
-    layout, asking = run.layout, rows
-    if kept is not None:
+    if kept is None:
+        layout, asking = run.layout, rows
+        q, k, v = _projections(run, rows, attention.query, attention.key, attention.value)
+    else:
         layout, asking = kept.layout, rows.index_select(0, kept.index)
-    split = (run.heads, -1)
-    q = call_linear(attention.query, asking).unflatten(-1, split)
-    k, v = (call_linear(each, rows).unflatten(-1, split) for each in (attention.key, attention.value))
+        q = call_linear(attention.query, asking).unflatten(-1, (run.heads, -1))
+        k, v = _projections(run, rows, attention.key, attention.value)
     drop = run.attention_dropout(attention, number)
     context = self_attention(q, k, v, layout, run.layout, run.mask, scale=attention.scaling, **drop)
     return _add_norm(
@@ -143,12 +146,9 @@ def shared_self_attention_part(
         The queries, of one sample if they see no text, else of all; and the text rows.
     """
     attention, output = layer.attention.attention, layer.attention.output
-    layout, split = run.layout, (run.heads, -1)
+    layout = run.layout
     rows = queries if text is None else torch.cat([queries, text])
-    q, k, v = (
-        call_linear(each, rows).unflatten(-1, split)
-        for each in (attention.query, attention.key, attention.value)
-    )
+    q, k, v = _projections(run, rows, attention.query, attention.key, attention.value)
     count, samples = queries.shape[0], layout.samples
 
     def spread(t: Tensor) -> Tensor:
@@ -268,6 +268,19 @@ def call_whole(layer: nn.Module, rows: Tensor, run: Pass, call: CallLayer) -> Te
         ),
     )
     return dense.collect(hidden)
+
+
+def _projections(run: Pass, rows: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Rows through several linear layers, [rows, heads, head_dim] each: views of one product where their
+    weights are kept side by side."""
+    whole = None
+    if run.join is not None and all(plain_reason(each, nn.Linear) is None for each in linears):
+        whole = run.join(linears)
+    if whole is None:
+        made = [call_linear(each, rows) for each in linears]
+    else:
+        made = list(linear(rows, whole.weight, whole.bias).chunk(len(linears), -1))
+    return [each.unflatten(-1, (run.heads, -1)) for each in made]
 
 
 def _absorbed(attention: nn.Module, q: Tensor, run: Pass) -> Tensor:

@@ -1,6 +1,6 @@
 """Weights made from other weights: a norm folded into a linear layer, and a cache of such for inference."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +72,9 @@ class FoldedLinear:
 Fold = Callable[..., FoldedLinear]
 """`FoldedLinear.fold`, or `WeightCache.fold`."""
 
+Join = Callable[[Sequence[nn.Linear]], FoldedLinear | None]
+"""`WeightCache.joined`."""
+
 Signature = tuple[tuple[object, ...] | None, ...]
 
 
@@ -86,34 +89,59 @@ def _signature(*tensors: Tensor | None) -> Signature:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A folded linear layer and what it was made of (which keeps both modules, and so their ids, alive)."""
+    """Weights made of others, and the modules they were made of, whose ids stay theirs while this lives."""
 
-    linear: nn.Linear
-    norm: nn.LayerNorm | None
+    modules: tuple[nn.Module | None, ...]
     signature: Signature
-    folded: FoldedLinear
+    made: FoldedLinear
 
 
 @dataclass
 class WeightCache:
-    """Folded weights kept between calls (`FusedEncoder.prepare_inference`).
+    """Weights made of others, kept between calls (`FusedEncoder.prepare_inference`).
 
     An entry is made anew when a parameter it came from was replaced, moved, or written to in place. Writes
     that torch does not count (through `.data`, or to an inference tensor) cannot be noticed: call
     `prepare_inference` again.
     """
 
-    entries: dict[tuple[int, int, bool], _Entry] = field(default_factory=dict)
+    entries: dict[tuple[object, ...], _Entry] = field(default_factory=dict)
 
     def fold(self, linear: nn.Linear, norm: nn.LayerNorm | None, *, with_bias: bool = True) -> FoldedLinear:
         """As `FoldedLinear.fold`, from the cache where it is still valid."""
-        autocast = autocasts(linear.weight.device)
-        if torch.is_grad_enabled() or autocast or torch.compiler.is_compiling():
+
+        def make() -> FoldedLinear:
             return FoldedLinear.fold(linear, norm, with_bias=with_bias)
-        read = (linear.weight, linear.bias) + ((None, None) if norm is None else (norm.weight, norm.bias))
-        name, signature = (id(linear), id(norm), with_bias), _signature(*read)
+
+        if not _may_keep(linear):
+            return make()
+        return self._kept((linear, norm), with_bias, make)
+
+    def joined(self, linears: Sequence[nn.Linear]) -> FoldedLinear | None:
+        """Linear layers that read the same rows as one, their outputs side by side; None where weights are
+        not kept now (see `fold`) or do not go together."""
+        weights, biases = [one.weight for one in linears], [one.bias for one in linears]
+        alike = {(w.dtype, w.device, bias is None) for w, bias in zip(weights, biases, strict=True)}
+        if len(alike) > 1 or not _may_keep(linears[0]):
+            return None
+
+        def make() -> FoldedLinear:
+            return FoldedLinear(torch.cat(weights), None if biases[0] is None else torch.cat(biases))
+
+        return self._kept(tuple(linears), None, make)
+
+    def _kept(
+        self, modules: tuple[nn.Module | None, ...], how: bool | None, make: Callable[[], FoldedLinear]
+    ) -> FoldedLinear:
+        read = [t for m in modules for t in ((None, None) if m is None else (m.weight, m.bias))]
+        name, signature = (*map(id, modules), how), _signature(*read)
         entry = self.entries.get(name)
         if entry is None or entry.signature != signature:
-            folded = FoldedLinear.fold(linear, norm, with_bias=with_bias)
-            entry = self.entries[name] = _Entry(linear, norm, signature, folded)
-        return entry.folded
+            entry = self.entries[name] = _Entry(modules, signature, make())
+        return entry.made
+
+
+def _may_keep(linear: nn.Linear) -> bool:
+    """Whether what is made of a linear layer's weights now may serve later calls."""
+    graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not graph and not autocasts(linear.weight.device)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from test_encoder import B, encode, inputs, qformer
+from tolerances import max_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip2_kernels import layout as layout_module
-from blip2_kernels.encoder import FusedEncoder
+from blip2_kernels.encoder import FusedEncoder, Workload
 from blip2_kernels.layout import TokenLayout
 from blip2_kernels.mask import AttentionMask
 
@@ -84,6 +86,93 @@ def test_kept_weights_are_not_used_where_a_gradient_is_asked_for():
     read(encoder, image_norm, queries, features).sum().backward()
     assert not encoder._cache.entries
     assert image_norm.weight.grad is not None
+
+
+# ---------------------------------------------------------------------------------------- joined projections
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products with weights [out, in] by out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.addmm.default:
+            self.widths.append(args[2].shape[1])
+        return function(*args, **(kwargs or {}))
+
+
+def everything(encoder: FusedEncoder) -> torch.Tensor:
+    """Queries and a text that read one another; of the last layer the queries alone are kept."""
+    torch.manual_seed(0)
+    queries, text, features = inputs()
+    layout = TokenLayout.from_attention_masks(5, [MASK])
+    images = encoder.project_images(features)
+    rows = text[MASK.bool()]
+    return encoder(queries, [rows], layout, AttentionMask((B,)), images, keep_texts=["none"]).rows
+
+
+@torch.no_grad()
+def test_joined_projections_are_one_product_where_there_were_three():
+    model = qformer()
+    hidden, layers = model.config.hidden_size, len(model.encoder.layer)
+    with Products() as apart:
+        expected = everything(FusedEncoder(model))
+    encoder = FusedEncoder(model).prepare_inference().force(joined_projections=True)
+    everything(encoder)
+    with Products() as joined:
+        got = everything(encoder)
+    assert max_error(got, expected) <= 1e-12
+    # In the last layer the queries' rows are not the keys' and values'.
+    assert joined.widths.count(3 * hidden) == layers - 1 and joined.widths.count(2 * hidden) == 1
+    assert len(apart.widths) - len(joined.widths) == 2 * (layers - 1) + 1
+
+
+@torch.no_grad()
+def test_joined_projections_are_declined_on_a_cpu():
+    model = qformer()
+    encoder = FusedEncoder(model).prepare_inference()
+    with Products() as products:
+        everything(encoder)
+    assert 3 * model.config.hidden_size not in products.widths
+    explained = encoder.explain(Workload(4, 5, images=4, image_tokens=7))
+    assert "one large product takes as long as three" in explained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "replaced", "hook"])
+def test_joined_weights_follow_the_modules_they_are_made_of(change):
+    model = qformer()
+    encoder = FusedEncoder(model).prepare_inference().force(joined_projections=True)
+    before = everything(encoder)
+    query = model.encoder.layer[0].attention.attention.query
+    if change == "in place":
+        set_weight(query.weight)
+    elif change == "replaced":
+        query.weight = nn.Parameter(query.weight * 1.5)
+    else:
+        query.register_forward_hook(lambda module, args, output: 1.5 * output)
+    after = everything(encoder)
+    assert not torch.allclose(after, before, atol=1e-4)
+    assert max_error(after, everything(FusedEncoder(model))) <= 1e-12
+
+
+@torch.no_grad()
+def test_projections_with_and_without_a_bias_are_not_joined():
+    model = qformer()
+    model.encoder.layer[0].attention.attention.key.bias = None
+    encoder = FusedEncoder(model).prepare_inference().force(joined_projections=True)
+    assert max_error(everything(encoder), everything(FusedEncoder(model))) <= 1e-12
+
+
+def test_joined_projections_forced_on_where_weights_are_not_kept():
+    encoder = FusedEncoder(qformer()).force(joined_projections=True)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"joined_projections: .*was not called"):
+        everything(encoder)
+    with pytest.raises(ValueError, match=r"joined_projections: .*a gradient is asked for"):
+        everything(encoder.prepare_inference())
 
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
