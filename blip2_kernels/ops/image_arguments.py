@@ -6,6 +6,15 @@ from torch import Tensor
 from ..checks import check_binary, check_tensor, describe, values_are_free
 from ..layout import MASK_DTYPES
 
+EVERY, LENGTHS, MASK = 0, 1, 2
+"""How a kernel is told which tokens of an image are visible: all; the first, as many as its length says;
+those whose mask byte is not 0."""
+
+
+def visibility(visible: Tensor | None) -> int:
+    """Which of these `visible` is: None, int32 [images] or 0/1 [images, tokens]."""
+    return EVERY if visible is None else LENGTHS if visible.dim() == 1 else MASK
+
 
 def check_image_index(index: object, samples: int, images: int, device: torch.device, validate: bool) -> None:
     """Check `image_index`, int32 [samples] or None (sample s looks at image s).

@@ -198,7 +198,8 @@ def wide(*tensors: Tensor) -> bool:
 
 
 _compiled: dict[tuple, "_Compiled"] = {}
-_too_large: set[tuple] = set()
+_too_large: dict[tuple, str] = {}
+"""What the device said of configurations that did not fit."""
 
 
 def first_that_fits(
@@ -217,16 +218,14 @@ def first_that_fits(
     """
     from triton.runtime.errors import OutOfResources
 
-    errors = []
     for config in configs:
         if (name, device, config) in _too_large:
             continue
         try:
             return run(config)
         except OutOfResources as error:
-            _too_large.add((name, device, config))
-            errors.append(f"({config}): {error}")
-    tried = "; ".join(errors) or "all were found too large before"
+            _too_large[name, device, config] = str(error)
+    tried = "; ".join(f"({config}): {_too_large[name, device, config]}" for config in configs)
     raise RuntimeError(f"{name}: expected a launch configuration that fits this device, tried {tried}")
 
 

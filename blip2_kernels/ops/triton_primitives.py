@@ -4,10 +4,14 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
+from . import image_arguments
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(LOG2_E * x): folded into the scale of the scores."""
 
 LN_2 = tl.constexpr(0.6931471805599453)
+
+LENGTHS, MASK = tl.constexpr(image_arguments.LENGTHS), tl.constexpr(image_arguments.MASK)
 
 
 GATHER_FROM = tl.constexpr(256)

@@ -248,7 +248,7 @@ def _gpu(arch: int) -> Iterator[fake_driver.Recorder]:
         mock.patch.object(launching, "architecture", lambda device: arch),
         mock.patch.object(launching, "processors", lambda device: processors),
         mock.patch.object(launching, "_compiled", {}),
-        mock.patch.object(launching, "_too_large", set()),
+        mock.patch.object(launching, "_too_large", {}),
     ):
         yield recorder
 

@@ -323,7 +323,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(monkeypatch):
         launch(kernel, grid, args, constants, config)
 
     monkeypatch.setattr(launching, "launch", refuse_large)
-    monkeypatch.setattr(launching, "_too_large", set())
+    monkeypatch.setattr(launching, "_too_large", {})
     limit = 2
     check(tensors)
     assert tried[:5] == [3, 2, 3, 2, 2]
@@ -355,7 +355,7 @@ def drive(arch, batches, dtype, choice=None):
     with fake_driver.drive(arch) as recorder, pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(launching, "architecture", lambda device: arch)
         patch.setattr(launching, "_compiled", {})
-        patch.setattr(launching, "_too_large", set())
+        patch.setattr(launching, "_too_large", {})
         for table, key in tables.items() if choice is not None else ():
             configs = table.configs(arch, key)
             stack.enter_context(table.overridden(configs[min(choice, len(configs) - 1)]))

@@ -324,7 +324,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(monkeypatch):
         launch_kernel(kernel, grid, args, constants, config)
 
     monkeypatch.setattr(launching, "launch", refuse_large)
-    monkeypatch.setattr(launching, "_too_large", set())
+    monkeypatch.setattr(launching, "_too_large", {})
     limit = 2
     check(tensors)
     assert tried[:5] == [3, 2, 2, 3, 2]
@@ -351,7 +351,7 @@ def drive(arch, batches, dtype, rows=384, width=1408, choice=None):
     with fake_driver.drive(arch) as recorder, pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(launching, "architecture", lambda device: arch)
         patch.setattr(launching, "_compiled", {})
-        patch.setattr(launching, "_too_large", set())
+        patch.setattr(launching, "_too_large", {})
         for table in tables if choice is not None else ():
             configs = table.configs(arch, launch.key(dtype, rows, width))
             stack.enter_context(table.overridden(configs[choice]))

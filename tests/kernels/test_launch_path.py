@@ -86,7 +86,7 @@ def gpu(arch: int) -> Iterator[Gpu]:
         mock.patch.object(launching, "architecture", lambda device: arch),
         mock.patch.object(launching, "processors", lambda device: fake_driver.LIMITS[arch].processors),
         mock.patch.object(launching, "_compiled", {}),
-        mock.patch.object(launching, "_too_large", set()),
+        mock.patch.object(launching, "_too_large", {}),
     ):
         found = Gpu(recorder)
         yield found
@@ -482,3 +482,17 @@ def test_a_planted_size_among_what_is_compiled_is_seen():
         with pytest.raises(AssertionError, match="recompiled for other batch"):
             check_cases({name: report})
         assert found[f"{name}, again"][0]["bound"] == 0
+
+
+def test_configurations_that_do_not_fit_are_named_every_time(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr(launching, "_too_large", {})
+    configs = launching.Config.of(8, BLOCK_M=128), launching.Config.of(4, BLOCK_M=64)
+
+    def run(config: launching.Config) -> None:
+        raise OutOfResources(1000 * config["BLOCK_M"], 7, "shared memory")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"toy: expected .*BLOCK_M=128.*128000.*BLOCK_M=64.*64000"):
+            launching.first_that_fits("toy", torch.device("cpu"), configs, run)

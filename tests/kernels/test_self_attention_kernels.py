@@ -274,7 +274,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next(monkeypatch):
         launch(kernel, grid, args, constants, config)
 
     monkeypatch.setattr(launching, "launch", refuse_large)
-    monkeypatch.setattr(launching, "_too_large", set())
+    monkeypatch.setattr(launching, "_too_large", {})
     limit = 32
     smaller = run(case, tensors, "triton")
     assert tried == [64, 32, 64, 32, 32]

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...triton_primitives import rounding_rest
-from .tile import LENGTHS, keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
+from ...triton_primitives import LENGTHS, rounding_rest
+from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
 @triton.jit

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from ....device_errors import error_flag
 from ... import launching
+from ...image_arguments import visibility
 from ...library import define, differentiate
 from ...philox import LANES, Site, keep_scale, threshold
 from .. import launch
 
 MAX_HEAD_DIM = 128
 LOG2_E = 1.0 / math.log(2.0)
-EVERY, LENGTHS, MASK = 0, 1, 2
-"""How visibility is given to the kernels; see `tile.py`."""
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -220,11 +219,10 @@ def _constants(
     q: Tensor, image_index: Tensor | None, visible: Tensor | None, key: Tensor | None
 ) -> dict[str, Any]:
     head_dim = q.shape[3]
-    kind = EVERY if visible is None else LENGTHS if visible.dtype == torch.int32 else MASK
     return {
         "NUM_QUERIES": q.shape[1],
         "GROUPED": image_index is not None,
-        "VISIBLE": kind,
+        "VISIBLE": visibility(visible),
         "DROPOUT": key is not None,
         "PRECISION": launching.input_precision(q.dtype),
         "HEAD_DIM": head_dim,

@@ -3,15 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...triton_primitives import keep_bits, keep_tile
+from ...triton_primitives import LENGTHS, MASK, keep_bits, keep_tile
 from .group import first_tile
-
-EVERY = tl.constexpr(0)
-"""Every image token is visible."""
-LENGTHS = tl.constexpr(1)
-"""The first tokens of an image are, as many as its length says."""
-MASK = tl.constexpr(2)
-"""Those whose mask byte is not 0 are."""
 
 
 @triton.jit

@@ -8,12 +8,7 @@ one image alone fills a GPU.
 import triton
 import triton.language as tl
 
-EVERY = tl.constexpr(0)
-"""Every image token is visible."""
-LENGTHS = tl.constexpr(1)
-"""The first tokens of an image are, as many as its length says."""
-MASK = tl.constexpr(2)
-"""Those whose mask byte is not 0 are."""
+from ...triton_primitives import LENGTHS, MASK
 
 
 @triton.jit

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from ....device_errors import error_flag
 from ... import launching
+from ...image_arguments import visibility
 from ...library import define
 from .. import launch
 
 LOG2_E = 1.0 / math.log(2.0)
-EVERY, LENGTHS, MASK = 0, 1, 2
-"""How visibility is given to the kernels; see `kernels.py`."""
 
 
 def supports(q: Tensor, features: Tensor) -> str | None:
@@ -75,7 +74,7 @@ def _run_samples(
     sizes = (images, tokens, rows, columns, width)
     constants: dict[str, Any] = {
         "INDEXED": index is not None,
-        "VISIBLE": EVERY if visible is None else LENGTHS if visible.dim() == 1 else MASK,
+        "VISIBLE": visibility(visible),
         "WIDE": launching.wide(q[:1], features[:1], scores[:1]),
         "PRECISION": launching.input_precision(q.dtype),
     }
