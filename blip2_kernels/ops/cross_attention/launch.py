@@ -60,23 +60,26 @@ FORWARD = LaunchTable(
 BACKWARD_SHARED = LaunchTable(
     {
         ("half", "narrow"): (_tile(128, 64, 8, 2), _tile(64, 32, 4, 1)),
-        ("half", "wide"): (_tile(128, 64, 8, 2), _tile(64, 32, 8, 1), _tile(32, 32, 4, 2)),
+        ("half", "wide"): (_tile(64, 32, 4, 1), _tile(32, 32, 4, 2)),
         ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
         ("fp32", "wide"): (_tile(16, 16, 8, 1),),
     },
     {
         number: {
-            ("half", "narrow"): (_tile(64, 64, 8, 2), _tile(64, 32, 4, 1)),
-            ("half", "wide"): (_tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
+            ("half", "narrow"): (_tile(64, 32, 8, 2), _tile(32, 32, 4, 1)),
+            ("half", "wide"): (_tile(32, 64, 8, 1), _tile(32, 32, 4, 1)),
         }
         for number in _WARPS_ALONE
     }
     | {
-        number: {("half", "wide"): (_tile(64, 64, 8, 2), _tile(64, 32, 4, 1), _tile(32, 32, 4, 1))}
+        number: {
+            ("half", "narrow"): (_tile(128, 32, 8, 2), _tile(64, 32, 4, 1)),
+            ("half", "wide"): (_tile(64, 64, 8, 2), _tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
+        }
         for number in _BLACKWELL
     },
 )
-"""Where samples share images: four samples of 32 queries are one tile."""
+"""Where samples share images: four samples of 32 queries are one tile where its registers suffice."""
 BACKWARD_ALONE = LaunchTable(
     {
         ("half", "narrow"): (_tile(32, 64, 4, 2), _tile(32, 32, 4, 1)),
@@ -87,6 +90,7 @@ BACKWARD_ALONE = LaunchTable(
     {
         number: {
             ("half", "narrow"): (_tile(32, 32, 4, 2), _tile(32, 32, 4, 1)),
+            ("half", "wide"): (_tile(32, 32, 8, 1), _tile(32, 32, 4, 1)),
         }
         for number in _WARPS_ALONE
     }
