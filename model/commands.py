@@ -197,6 +197,7 @@ def _schedule(
 
 def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **options: Any) -> None:
     from .checkpoints import latest_checkpoint
+    from .distributed import end_process_group
     from .train import train
 
     found = latest_checkpoint(output) if resume else None
@@ -214,6 +215,7 @@ def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **o
     _say(f"{result.steps} steps in {result.seconds:.0f} s; {parts}")
     if _is_main() and result.checkpoints:
         typer.echo(result.checkpoints[-1])
+    end_process_group()
 
 
 def _vision_spec(vision: Any, name: str, layer: int | None) -> dict[str, Any]:
