@@ -252,6 +252,11 @@ def test_demo_hands_its_options_on(monkeypatch, capsys, tmp_path):
     run("demo", "--device", "cpu", "--cache-dir", tmp_path, capsys=capsys)
     assert calls[1]["cache_dir"] == tmp_path and not calls[1]["quick"] and calls[1]["use_fused"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(demo, "compare", lambda **options: calls.append(options))
+    run("demo", "--compare-paths", 7, "--seed", 3, "--output", tmp_path, capsys=capsys)
+    assert calls.pop() == {
+        "output_dir": tmp_path, "steps": 7, "quick": False, "seed": 3, "cache_dir": None
+    }  # fmt: skip
     _, err = run("demo", "--device", "tpu", code=1, capsys=capsys)
     assert "device: expected cpu or cuda, got 'tpu'" in err and len(calls) == 2
 
