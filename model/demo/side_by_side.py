@@ -16,9 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..optimization import learning_rate_factor, parameter_groups
 from ..train import loss_parts
 
-COMPARED = 20
-"""Steps whose losses must agree. Later ones amplify rounding, as any two orders of summation would."""
-
 Rows = list[dict[str, float]]
 
 
@@ -108,21 +105,21 @@ def train_in_turn(
     return curves
 
 
-def largest_difference(rows: Rows, reference: Rows, steps: int = COMPARED) -> float:
+def largest_difference(rows: Rows, reference: Rows, steps: int) -> float:
     """Of any loss in the first steps, relative to the reference's; NaN if a loss is."""
     names = [name for name in reference[0] if name.startswith("loss")]
     ours, theirs = (np.array([[row[name] for name in names] for row in r[:steps]]) for r in (rows, reference))
     return float((abs(ours - theirs) / abs(theirs)).max())
 
 
-def summarise(curves: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
-    """Of each learner: its `curve`, `largest_difference` from the first, median `seconds_a_step` and how many
-    `times_as_fast` as the first it is."""
+def summarise(curves: Mapping[str, Rows], compared: int) -> dict[str, dict[str, Any]]:
+    """Of each learner: its `curve`, `largest_difference` from the first in the `compared` first steps, median
+    `seconds_a_step` and how many `times_as_fast` as the first it is."""
     first = next(iter(curves))
     seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in curves.items()}
     return {
         name: {
-            "largest_difference": largest_difference(rows, curves[first]),
+            "largest_difference": largest_difference(rows, curves[first], compared),
             "seconds_a_step": seconds[name],
             "times_as_fast": seconds[first] / seconds[name],
             "curve": rows,
