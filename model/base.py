@@ -18,6 +18,7 @@ from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 
 from .config import Blip2PreTrainingConfig
+from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel, TextEmbeddings
 from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
 from .qformer_text import FLOATING, TOKEN_IDS
@@ -53,7 +54,7 @@ class PreparedImages:
         return self.features.shape[0] if self.key_values is None else self.key_values.images
 
 
-class Blip2Base(nn.Module):
+class Blip2Base(CheckpointsQFormer, nn.Module):
     """Q-Former with query tokens, text embeddings, image LayerNorm, contrastive projections and matching
     head.
 

@@ -56,18 +56,24 @@ def demo(
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where image features and the dequantised LLM are kept.")
     ] = None,
+    compare_paths: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Only train so many steps on both paths; compare losses, times."),
+    ] = None,
 ) -> None:
     """Train both stages on pictures that pip installs, and caption pictures never seen."""
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device!r}")
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # before torch looks: every part of the demo takes what it sees
-        )
+        # Before torch looks: every part of the demo takes what it sees.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == "cuda":
         _device("cuda")
-    from .demo import run
+    from .demo import compare, run
 
+    if compare_paths is not None:
+        compare(output_dir=output, steps=compare_paths, quick=quick, seed=seed, cache_dir=cache_dir)
+        return
     run(output_dir=output, quick=quick, seed=seed, use_fused=use_fused, cache_dir=cache_dir)
 
 
@@ -197,6 +203,7 @@ def _schedule(
 
 def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **options: Any) -> None:
     from .checkpoints import latest_checkpoint
+    from .distributed import end_process_group
     from .train import train
 
     found = latest_checkpoint(output) if resume else None
@@ -214,6 +221,7 @@ def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **o
     _say(f"{result.steps} steps in {result.seconds:.0f} s; {parts}")
     if _is_main() and result.checkpoints:
         typer.echo(result.checkpoints[-1])
+    end_process_group()
 
 
 def _vision_spec(vision: Any, name: str, layer: int | None) -> dict[str, Any]:

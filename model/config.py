@@ -14,7 +14,8 @@ ITC_GRADIENTS = ("local", "full")
 STAGE2_FIELDS = ("text_config", "vision_config", "language_model", "language_projection", "text_model")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# Not frozen: transformers' Trainer sets `use_cache` on the configuration of whatever it trains.
+@dataclasses.dataclass(eq=False)
 class Blip2PreTrainingConfig:
     """Configuration of stage 1: image-text contrast, matching and grounded generation (paper section 3.2).
 
@@ -66,7 +67,7 @@ class Blip2PreTrainingConfig:
         check_int("max_text_length", self.max_text_length, 2, self.qformer.max_position_embeddings)
         last = self.qformer.vocab_size - 1
         if self.dec_token_id is None:
-            object.__setattr__(self, "dec_token_id", last)
+            self.dec_token_id = last
         names = ("pad_token_id", "cls_token_id", "sep_token_id", "dec_token_id")
         for name in names:
             check_int(name, getattr(self, name), 0, last)

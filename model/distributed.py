@@ -17,6 +17,14 @@ def get_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def end_process_group() -> None:
+    """Wait for all ranks, then end the default process group; nothing without one. The last thing a program
+    does: one that ends with its group alive may find a thread of it running, and abort."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
     """Concatenate x [B, …] of all ranks in rank order, [world * B, …], without gradient.

@@ -18,7 +18,8 @@ QFORMER_CONFIGS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+# Not frozen: see `Blip2PreTrainingConfig`.
+@dataclasses.dataclass
 class Blip2GenerationConfig:
     """Configuration of the trainable part of stage 2 (BLIP-2 paper, section 3.3).
 

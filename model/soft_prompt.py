@@ -10,6 +10,7 @@ from blip2_kernels.checks import check_binary, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
 from .generation_config import Blip2GenerationConfig
+from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel
 from .qformer_text import FLOATING, TOKEN_IDS
 from .vision import FrozenVisionEncoder
@@ -17,7 +18,7 @@ from .vision import FrozenVisionEncoder
 __all__ = ["SoftPromptModel", "check_text", "copy_weights"]
 
 
-class SoftPromptModel(nn.Module):
+class SoftPromptModel(CheckpointsQFormer, nn.Module):
     """Image encoder (frozen), ln_vision, Q-Former with its queries, and the projection to a text's width.
 
     Args:

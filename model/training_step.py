@@ -12,7 +12,7 @@ class TrainingStep(nn.Module):
     """A model and its weighted loss as one module, so that several ranks synchronise whatever the step
     computes.
 
-    It also keeps the Trainer away from `model.config`, which is ours and frozen.
+    It also keeps the Trainer away from `model.config`, which is ours.
     """
 
     def __init__(

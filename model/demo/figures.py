@@ -121,6 +121,31 @@ def draw_curves(
     return _save(pyplot, figure, path, 130)
 
 
+def draw_paths(stages: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+    """Loss over the steps, a panel a stage: the first path broad and pale, so that those on it can be seen.
+
+    Args:
+        stages: by title, then by name of the path, the loss of each step.
+    """
+    pyplot = _plots()
+    figure, panels = pyplot.subplots(1, len(stages), figsize=(11, 4), squeeze=False)
+    looks = (
+        {"color": "#b9c4cd", "linewidth": 7, "solid_capstyle": "round"},
+        {"color": COLOURS["loss_itc"], "linewidth": 2},
+        {"color": COLOURS["loss_itm"], "linewidth": 1.4, "linestyle": (0, (3, 2))},
+    )
+    for axes, (title, curves) in zip(panels[0], stages.items(), strict=True):
+        for (name, losses), look in zip(curves.items(), looks, strict=False):
+            axes.plot(range(1, len(losses) + 1), losses, label=name, **look)
+        axes.set(title=title[:1].upper() + title[1:], xlabel="step", ylabel="loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", color="#e4e8eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+    figure.tight_layout(w_pad=3)
+    return _save(pyplot, figure, path, 110)
+
+
 def start_of_matching(stage1: Sequence[Mapping[str, float]]) -> float | None:
     """First step with a matching loss; None if there is none."""
     return next((row["step"] for row in stage1 if "loss_itm" in row), None)

@@ -12,7 +12,7 @@ from torch import nn
 from blip2_kernels.mask import MaskMode
 from blip2_kernels.model import vision
 from blip2_kernels.model.checkpoints import latest_checkpoint
-from blip2_kernels.model.demo import assets, pipeline, recipe
+from blip2_kernels.model.demo import assets, paths, pipeline, recipe
 from blip2_kernels.model.demo.batches import PROMPT, SceneDataset, Stage1Collate, Stage2Collate
 from blip2_kernels.model.demo.scenes import make_splits
 from blip2_kernels.model.images import ImagePreprocessing
@@ -39,16 +39,16 @@ def tiny(monkeypatch):
     encoder = TinyEncoder()
     stage1_config = assets.stage1_config
 
-    def small_config(num_query_tokens=4, image_width=16):
-        config = stage1_config(num_query_tokens, image_width=16)
+    def small_config(num_query_tokens, dropout):
+        config = stage1_config(num_query_tokens, image_width=16, dropout=dropout)
         qformer = config.qformer
         qformer.num_hidden_layers, qformer.hidden_size, qformer.intermediate_size = 2, 24, 48
         qformer.num_attention_heads = 2
         return dataclasses.replace(config, qformer=qformer, image_text_hidden_size=8)
 
-    def load_stage1(num_query_tokens=4, *, use_fused=True, seed=0):
+    def load_stage1(num_query_tokens=4, *, use_fused=True, seed=0, dropout=0.0):
         torch.manual_seed(seed)
-        return assets.Blip2ForPreTraining(small_config(num_query_tokens), use_fused=use_fused)
+        return assets.Blip2ForPreTraining(small_config(num_query_tokens, dropout), use_fused=use_fused)
 
     def load_language_model(cache_dir, dtype=None):
         torch.manual_seed(0)
@@ -155,6 +155,40 @@ def test_both_paths_learn_the_same(tiny, tmp_path):
     for fused, plain in zip(run[True], run[False], strict=True):
         for name in (name for name in fused if name.startswith("loss")):
             assert fused[name] == pytest.approx(plain[name], rel=2e-2), (name, fused["step"])
+
+
+def test_the_comparison_of_both_paths_in_small(tiny, tmp_path, monkeypatch, capsys):
+    options = dict(steps=3, quick=True, seed=1, cache_dir=tmp_path / "cache", progress=False)
+    results = paths.compare(tmp_path / "out", **options)
+    assert json.loads((tmp_path / "out" / "paths.json").read_text()) == results
+    assert (tmp_path / "out" / "paths.png").stat().st_size > 1000
+    names = [paths.PLAIN, paths.FUSED, *([paths.FUSED_BF16] if assets.has_fast_bf16() else [])]
+    assert [*results["stages"]] == ["stage 1", "stage 2"]
+    for stage in results["stages"].values():
+        assert [*stage] == names and all(len(path["curve"]) == 3 for path in stage.values())
+        assert stage[paths.FUSED]["largest_difference"] <= 1e-3
+        if assets.has_fast_bf16():  # another precision is another curve
+            assert stage[paths.FUSED_BF16]["largest_difference"] > stage[paths.FUSED]["largest_difference"]
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("stage 1", "stage 2", *names))
+
+    copies = paths.copies
+
+    def faulty_copies(*arguments):
+        models = copies(*arguments)
+        with torch.no_grad():
+            models[paths.FUSED].qformer.layernorm.bias.add_(0.5)
+        return models
+
+    monkeypatch.setattr(paths, "copies", faulty_copies)
+    (tmp_path / "out" / "paths.json").unlink()
+    with pytest.raises(
+        paths.PathsDifferError, match=r"stage 1: expected each loss .* within 0.001 of the plain"
+    ):
+        paths.compare(tmp_path / "out", **options)
+    assert (tmp_path / "out" / "paths.json").is_file()
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        paths.compare(tmp_path / "out", **options | {"steps": 0})
 
 
 def test_only_what_is_to_be_learned_is_supervised():

@@ -14,6 +14,7 @@ import torch
 for needed in ("typer", "rich", "accelerate", "PIL"):
     pytest.importorskip(needed)
 from PIL import Image  # noqa: E402
+from processes import clean_environment  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
@@ -251,6 +252,11 @@ def test_demo_hands_its_options_on(monkeypatch, capsys, tmp_path):
     run("demo", "--device", "cpu", "--cache-dir", tmp_path, capsys=capsys)
     assert calls[1]["cache_dir"] == tmp_path and not calls[1]["quick"] and calls[1]["use_fused"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(demo, "compare", lambda **options: calls.append(options))
+    run("demo", "--compare-paths", 7, "--seed", 3, "--output", tmp_path, capsys=capsys)
+    assert calls.pop() == {
+        "output_dir": tmp_path, "steps": 7, "quick": False, "seed": 3, "cache_dir": None
+    }  # fmt: skip
     _, err = run("demo", "--device", "tpu", code=1, capsys=capsys)
     assert "device: expected cpu or cuda, got 'tpu'" in err and len(calls) == 2
 
@@ -271,6 +277,34 @@ def test_the_module_runs_as_a_program():
     assert (
         done.stderr.startswith("blip2-kernels: checkpoint: expected") and len(done.stderr.splitlines()) == 1
     )
+
+
+RANK_SCRIPT = """
+import os, pathlib, sys, torch
+from blip2_kernels.model import cli
+try:
+    cli.main(sys.argv[2:])
+except SystemExit as left:
+    said = f"{left.code or 0} {torch.distributed.is_initialized()}"
+    pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(said)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_end_their_process_group(parts, tmp_path):
+    (tmp_path / "script.py").write_text(RANK_SCRIPT)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        tmp_path / "script.py", tmp_path, *BOTH.format(parts=parts, tmp=tmp_path / "run").split(),
+        "--steps", 1, "--num-query-tokens", 2, "--batch-size", 2, "--device", "cpu",
+    ]  # fmt: skip
+    environment = clean_environment(CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 False", "0 False"]
+    assert done.stdout.strip() == str(tmp_path / "run" / "checkpoint-1")
 
 
 # --- what the commands are made of ---
