@@ -11,4 +11,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BLIP2_KERNELS_NAMESPACE, library) {
       "add_layer_norm_backward(Tensor grad, Tensor x, Tensor residual, Tensor weight, Tensor? input_bias, "
       "Tensor mean, Tensor rstd, float dropout, Tensor? dropout_key, Tensor? row_keys, int place) -> "
       "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dinput_bias)");
+  library.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
+  library.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)");
 }

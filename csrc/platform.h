@@ -23,12 +23,18 @@ HOST_DEVICE To bit_cast(From from) {
   return to;
 }
 
-// A product that is rounded wherever it stands, never fused with a sum behind it.
+// A product that is rounded wherever it stands, never fused with a sum behind it: a backward that computes again
+// what its forward computed gets the same bits.
 HOST_DEVICE float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
+#elif defined(__clang__)
+#pragma clang fp contract(off)
+  return a * b;
+#elif defined(__GNUC__) && __GNUC__ >= 12
+  return __builtin_assoc_barrier(a * b);
 #else
-  return a * b;  // compiled with -ffp-contract=off
+  return a * b;
 #endif
 }
 

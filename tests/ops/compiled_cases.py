@@ -19,22 +19,25 @@ PAIRS = (
 needs_extension = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
 
 
-def with_gradients(function, tensors):
+def with_gradients(function, tensors, dtype=None):
     """The output of function(*tensors) and the gradients of all tensors, for a fixed output gradient.
 
-    None among the tensors stays None, without a gradient.
+    None among the tensors stays None, without a gradient. `dtype` is what the output gradient is rounded to,
+    default the output's.
     """
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
     generator = torch.Generator().manual_seed(out.numel())
-    grad = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
+    grad = (
+        torch.randn(out.shape, dtype=torch.float64, generator=generator).to(dtype or out.dtype).to(out.dtype)
+    )
     return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)]
 
 
 def compare(names, compiled, plain, tensors):
     """Assert that a compiled function is as near the fp64 truth as twice what the plain one is."""
-    truth = with_gradients(plain, [None if t is None else t.double() for t in tensors])
     got, reference = with_gradients(compiled, tensors), with_gradients(plain, tensors)
+    truth = with_gradients(plain, [None if t is None else t.double() for t in tensors], got[0].dtype)
     for name, *values in zip(names, got, reference, truth, strict=True):
         assert values[0].dtype == values[1].dtype, name
         assert_yardstick(name, *values)
