@@ -63,4 +63,8 @@ void with_norm_formats(const AddLayerNorm& a, const Run& run) {
 void add_layer_norm_cpu(const AddLayerNormForward& arguments);
 void add_layer_norm_backward_cpu(const AddLayerNormBackward& arguments);
 
+// On a stream; null, or why a kernel was not launched.
+const char* add_layer_norm_cuda(const AddLayerNormForward& arguments, void* stream);
+const char* add_layer_norm_backward_cuda(const AddLayerNormBackward& arguments, void* stream);
+
 }  // namespace blip2_kernels

@@ -41,4 +41,8 @@ void with_gelu_formats(const BiasGelu& a, const Run& run) {
 void bias_gelu_cpu(const BiasGeluForward& arguments);
 void bias_gelu_backward_cpu(const BiasGeluBackward& arguments);
 
+// On a stream; null, or why a kernel was not launched.
+const char* bias_gelu_cuda(const BiasGeluForward& arguments, void* stream);
+const char* bias_gelu_backward_cuda(const BiasGeluBackward& arguments, void* stream);
+
 }  // namespace blip2_kernels

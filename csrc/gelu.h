@@ -27,6 +27,14 @@ HOST_DEVICE float exp2_of_negative(float z) {
 #endif
 }
 
+HOST_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, x);  // 2 units in the last place, a quarter of the instructions
+#else
+  return 1.0f / x;
+#endif
+}
+
 // Distribution function and density of the standard normal distribution.
 struct Normal {
   float cdf;
@@ -38,7 +46,7 @@ HOST_DEVICE Normal normal(float x) {
   const float bell = exp2_of_negative(t * t * -0.72134752044448f);  // exp(-t^2 / 2)
   // Phi(-t) = exp(-t^2 / 2) P(u), u = 1 / (1 + 0.3 t). P is minimax for the error of x * Phi(x): 8e-9 against Phi,
   // 4e-7 relative where Phi is small. Nothing cancels, unlike in 1 + erf(x).
-  const float u = 1.0f / (1.0f + 0.3f * t);
+  const float u = reciprocal(1.0f + 0.3f * t);
   float p = 3.567273925e-2f;
   p = p * u - 1.567593691e-1f;
   p = p * u + 2.047842476e-1f;

@@ -47,7 +47,9 @@ HOST_DEVICE uint32_t high_product(uint32_t a, uint32_t b) {
 HOST_DEVICE PhiloxWords philox(const Dropout& dropout, uint32_t row_key, uint32_t group) {
   uint32_t c0 = row_key, c1 = group, c2 = 0, c3 = dropout.place;
   uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
-#if defined(__GNUC__) || defined(__CUDACC__)
+#if defined(__CUDACC__)
+#pragma unroll
+#elif defined(__GNUC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -31,7 +31,7 @@ HOST_DEVICE float rounded_product(float a, float b) {
 #elif defined(__clang__)
 #pragma clang fp contract(off)
   return a * b;
-#elif defined(__GNUC__) && __GNUC__ >= 12
+#elif !defined(__CUDACC__) && defined(__GNUC__) && __GNUC__ >= 12
   return __builtin_assoc_barrier(a * b);
 #else
   return a * b;
