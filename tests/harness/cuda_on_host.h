@@ -85,20 +85,25 @@ inline void meet_warp() { block->warps[index.thread.x / kWarp]->arrive_and_wait(
 inline Mailbox& mailbox() { return block->mailboxes[index.thread.x / kWarp]; }
 
 inline void run(dim3 grid, dim3 size, const std::function<void()>& kernel) {
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      Block own(size.x);
-      block = &own;
-      std::vector<std::thread> threads;
-      for (unsigned t = 0; t < size.x; ++t)
-        threads.emplace_back([&, t] {
-          index = {dim3(t), dim3(x, y), size, grid};
-          kernel();
-          own.warps[t / kWarp]->arrive_and_drop();
-          own.whole.arrive_and_drop();
-        });
-      for (std::thread& thread : threads) thread.join();
-    }
+  // Starting a thread costs far more than a block: the same threads run all blocks, one after the other.
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (unsigned i = 0; i < grid.x * grid.y; ++i) blocks.push_back(std::make_unique<Block>(size.x));
+  std::barrier<> next(size.x);
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < size.x; ++t)
+    threads.emplace_back([&, t] {
+      for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+        if (t == 0) block = blocks[i].get();
+        next.arrive_and_wait();
+        index = {dim3(t), dim3(i % grid.x, i / grid.x), size, grid};
+        kernel();
+        // As on a GPU, whoever has left is not waited for.
+        blocks[i]->warps[t / kWarp]->arrive_and_drop();
+        blocks[i]->whole.arrive_and_drop();
+        next.arrive_and_wait();
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace cuda_on_host

@@ -66,7 +66,7 @@ def load_operators(folder: Path):
 def build_program(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
     """The program that runs random cases, with a thread a CUDA thread, under a sanitizer of the compiler."""
     sources = [HARNESS / "cuda_cases.cpp", *sorted(csrc.glob("*.cu"))]
-    flags = ("-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DCUDA_ON_HOST_THREADS")
+    flags = ("-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DCUDA_ON_HOST_THREADS")
     objects = compile_all(sources, folder, (*flags, f"-I{csrc}"))
     program = folder / "cases"
     run(COMPILER, f"-fsanitize={sanitizer}", *objects, "-pthread", "-o", program)
