@@ -49,7 +49,7 @@ def reason() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"{LIBRARY} cannot be loaded: {error}"
+        return f"{LIBRARY} cannot be loaded: {error.__cause__ or error}"
     return None
 
 

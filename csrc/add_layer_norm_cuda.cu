@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads > kBlock ? kThreads : kBlock)
   const Dropout dropout = Dropout::of(a.dropout);
   const int width = int(a.width), octets = octets_of(width);
 
+  const float inverse_width = 1.0f / width;
   Octet weight[kOctets], sums[kNormSums][kOctets];
 #pragma unroll
   for (int i = 0; i < kOctets; ++i) {
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(kThreads > kBlock ? kThreads : kBlock)
       }
     }
     float(*own_memory)[kThreadsInBlock / kWarp] = memory[row % 2];
-    const float mean_weighted = row_sum<kThreads>(sum_weighted, own_memory[0]) / width;
-    const float mean_product = row_sum<kThreads>(sum_product, own_memory[1]) / width;
+    const float mean_weighted = row_sum<kThreads>(sum_weighted, own_memory[0]) * inverse_width;
+    const float mean_product = row_sum<kThreads>(sum_product, own_memory[1]) * inverse_width;
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       const int octet = thread + i * kThreads;

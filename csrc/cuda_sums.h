@@ -48,7 +48,9 @@ __global__ void sum_parts_kernel(PartSums a) {
   __shared__ float slices[kSlices][kWarp];
   const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
   const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
-  T* out = static_cast<T*>(a.sums[blockIdx.y]);
+  // Chosen, not indexed: parameters that are indexed at run time are copied to the stack.
+  void* const chosen = blockIdx.y == 0 ? a.sums[0] : blockIdx.y == 1 ? a.sums[1] : a.sums[2];
+  T* out = static_cast<T*>(chosen);
   float sum = 0.0f, lost = 0.0f;  // what rounding took from the sum is added to the next summand
   if (out != nullptr && column < a.width) {
     const float* partials = a.partials + blockIdx.y * a.width + column;

@@ -1,4 +1,4 @@
-"""What follows a matrix product: compiled operators where modules are as built, else the modules themselves."""
+"""What follows a matrix product: compiled operators where modules are as built, else the modules."""
 
 import pytest
 import torch
