@@ -20,7 +20,7 @@ JOBS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c $(VENV)/constraints.txt
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p no:benchmark
-SOURCES = pyproject.toml setup.py requirements-demo-assets.txt $(VENV)/constraints.txt
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick test-kernels mutants bench lint format clean FORCE

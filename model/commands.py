@@ -43,6 +43,19 @@ def version() -> None:
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say what works here: the environment, and every operator's backends with a small self-test of each.
+
+    Ends with 1 where a backend ran and failed; one that cannot serve here, and says why, is no failure.
+    """
+    from blip2_kernels.doctor import print_report
+
+    raise typer.Exit(print_report(as_json))
+
+
+@app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A short run that learns little.")] = False,
     seed: Annotated[int, typer.Option(help="Of scenes, weights and order.")] = 0,

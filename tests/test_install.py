@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = shutil.ignore_patterns(
-    *(".git", ".venv", "build", "*.egg-info", "runs", "__pycache__", ".*_cache", ".benchmarks", ".hypothesis")
+    *(".git", ".venv", "build", "*.so", "*.egg-info", "runs", "__pycache__", ".*_cache"),
+    *(".benchmarks", ".hypothesis"),
 )
 
 

@@ -1,7 +1,7 @@
 """One Q-Former layer on packed rows (BLIP-2, figure 2 left).
 
-Linear layers, norms and activations are called as the modules they are, so whatever hangs on them (hooks,
-adapters, quantised weights) goes on working.
+Linear layers, norms and activations with something on them (hooks, adapters, quantised weights) are called as
+the modules they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from ..mask import AttentionMask
 from ..ops import cross_attention, latent_attention, self_attention
 from ..ops.linear import linear, linear_by_head
 from ..ops.philox import Site, dropout_hidden
+from .epilogues import HiddenDropout, dense_add_norm, dense_gelu
 from .images import ImageKeyValues, KeyValues
 from .modules import call_linear, plain_reason
 from .weights import Fold, FoldedLinear, Join
@@ -160,7 +161,7 @@ def shared_self_attention_part(
             spread(q), spread(k), spread(v), layout, layout, run.mask, scale=attention.scaling
         )
         rows = spread(rows)
-        rows = output.LayerNorm(rows + call_linear(output.dense, context.flatten(1)))
+        rows = dense_add_norm(output.dense, output.LayerNorm, context.flatten(1), rows, None)
         return rows[: layout.query_rows], rows[layout.query_rows :]
 
     one = TokenLayout.from_attention_masks(count, samples=1, device=rows.device)
@@ -173,7 +174,7 @@ def shared_self_attention_part(
             q[count:], spread(k), spread(v), texts, layout, run.mask, scale=attention.scaling
         )
         context = torch.cat([context, read])
-    rows = output.LayerNorm(rows + call_linear(output.dense, context.flatten(1)))
+    rows = dense_add_norm(output.dense, output.LayerNorm, context.flatten(1), rows, None)
     return rows[:count], rows[count:] if text is not None else None
 
 
@@ -237,7 +238,7 @@ def feed_forward_part(
         if rows is None:
             continue
         intermediate, output = getattr(layer, f"intermediate{kind}"), getattr(layer, f"output{kind}")
-        inner = intermediate.intermediate_act_fn(call_linear(intermediate.dense, rows))
+        inner = dense_gelu(intermediate.dense, intermediate.intermediate_act_fn, rows)
         own = names[done : done + rows.shape[0]]
         outputs.append(_add_norm(output, inner, rows, own, number, Site.FEED_FORWARD, run))
         done += rows.shape[0]
@@ -331,6 +332,7 @@ def _add_norm(
     output: nn.Module, x: Tensor, residual: Tensor, names: Tensor, number: int, site: Site, run: Pass
 ) -> Tensor:
     """LayerNorm(residual + dropout(dense(x))): how each of the three parts of a layer ends."""
-    return output.LayerNorm(
-        residual + run.drop(call_linear(output.dense, x), output.dropout, names, number, site)
-    )
+    drop = None
+    if run.dropout_key is not None and output.dropout.p > 0:
+        drop = HiddenDropout(output.dropout.p, run.dropout_key, names, number, site)
+    return dense_add_norm(output.dense, output.LayerNorm, x, residual, drop)

@@ -68,11 +68,11 @@ def bypass_reason(layer: nn.Module) -> str | None:
 
 
 def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """None where a linear layer or norm is an untouched `kind` with ordinary weights, which may be read past
-    its `__call__`; else why not."""
+    """None where a linear layer, norm or activation is an untouched `kind` with ordinary weights, which may
+    be read past its `__call__`; else why not."""
     if type(module) is not kind:
         return f"is a {type(module).__qualname__}"
-    for parameter in (module.weight, module.bias):
+    for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return f"has weights of type {type(parameter).__name__}"
     return _touched(module)

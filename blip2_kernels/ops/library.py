@@ -28,6 +28,11 @@ def define(
     return getattr(torch.ops.blip2_kernels, name).default
 
 
+def describe_compiled(name: str, fake: Callable[..., Any]) -> None:
+    """Register the shapes, dtypes and strides of the outputs of an operator that the extension defines."""
+    torch.library.register_fake(f"blip2_kernels::{name}", fake, lib=_LIBRARY)
+
+
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
     """Register the gradient of an operator; `setup_context` saves what `backward` reads."""
     torch.library.register_autograd(

@@ -149,10 +149,11 @@ def test_fused_attention_of_the_cpu():
     assert ours == (products(pairs, channels, 2), products(pairs, channels, 5))
 
 
-def test_every_formula_is_tested_here():
+def test_every_formula_is_tested_here_or_beside_its_op():
     names = {str(operator).removeprefix("blip2_kernels.").removeprefix("aten.") for operator in FORMULAS}
     assert names == {
         "self_attention", "self_attention_backward", "cross_attention", "cross_attention_backward",
         "latent_attention", "image_text_similarity", "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "mkldnn._linear_pointwise",  # test_linear.py
     }  # fmt: skip

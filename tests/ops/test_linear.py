@@ -94,6 +94,18 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 @pytest.mark.usefixtures("by_onednn", "seed")
+@pytest.mark.parametrize("needing", ["x", "weight", "bias"])
+def test_only_what_a_gradient_needs_is_kept(needing):
+    tensors = dict(zip(("x", "weight", "bias"), CASES["rows"](), strict=True))
+    tensors[needing].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda _: None):
+        linear(*tensors.values())
+    shapes = {"x": [tensors["weight"].shape], "weight": [tensors["x"].shape], "bias": []}
+    assert kept == shapes[needing]
+
+
+@pytest.mark.usefixtures("by_onednn", "seed")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_in_inference_mode_and_under_vmap(products):
     x, weight, bias = CASES["images"]()

@@ -47,6 +47,22 @@ def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config
     return Config.of(warps, 1, **blocks)
 
 
+WARPS_ALONE = (80, 86, 87, 89, 120, 121)
+"""Architectures on which each warp multiplies what it holds in registers."""
+
+
+@cache
+def one_tile_backward(tile: Config, dtype: torch.dtype, head_dim: int, architecture: int) -> Config:
+    """The same for the backward, which takes the tile's attending rows in slices of SLICE: what has a score
+    for each is in registers for one slice at a time."""
+    slice_rows, warps = max(tile["BLOCK_M"], tile["TEXT_M"]), tile.num_warps
+    if dtype != torch.float32 and head_dim > 64:
+        warps *= 2
+    elif dtype != torch.float32 and architecture in WARPS_ALONE:
+        slice_rows = min(slice_rows, 32)
+    return Config.of(warps, tile.num_stages, SLICE=slice_rows, **dict(tile.blocks))
+
+
 def block_key(dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
     """What the tables of the blocked kernels are indexed by."""
     return "fp32" if dtype == torch.float32 else "half", "narrow" if head_dim <= 64 else "wide"
@@ -84,7 +100,7 @@ BACKWARD = LaunchTable(
             ("half", "narrow"): (_backward(64, 32, 4, 1), _backward(32, 16, 4, 1)),
             ("half", "wide"): (_backward(32, 32, 4, 1),),
         }
-        for number in (80, 86, 87, 89, 120, 121)
+        for number in WARPS_ALONE
     }
     | {
         number: {

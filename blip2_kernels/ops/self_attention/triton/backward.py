@@ -18,28 +18,19 @@ from .tile import allowed_at, extent, keep_at, load_tile, real_at, rows_at, stor
 
 
 @triton.jit
-def _tile(
-    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
-    q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+def _slice(
+    m, n, n_key, n_real, k, v, dk, dv,
+    q_ptr, grad_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, dropout_key_ptr,
     sample, head, heads, q_queries, kv_queries, q_start, kv_start,
-    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-    scale, scale_log2, keep_scale, level, place,
+    q_row, q_head, grad_row, grad_head, scale, scale_log2, keep_scale, level, place,
     TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One part of one sample and head in one tile; see `backward_tile_kernel`."""
-    m = tl.arange(0, BLOCK_M)
+    """Attending rows m of a tile: stores their dq, returns dk and dv with what they add."""
     m_rows, m_there = rows_at(m, sample, q_queries, q_start, q_offsets_ptr, TEXT, WIDE)
     m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
-    n = tl.arange(0, BLOCK_N)
-    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
-    n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
-    n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
     allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
-
     q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
-    k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
     scores = tl.where(allowed, scores, float("-inf"))
     peak = tl.max(scores, 1)
@@ -47,7 +38,6 @@ def _tile(
     total = tl.sum(probs, 1)
     probs = probs / tl.where(total > 0, total, 1.0)[:, None]
 
-    v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
     grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)  # [M, D]
     d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
     dropped = probs
@@ -58,16 +48,55 @@ def _tile(
         )  # fmt: skip
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
-    dv = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, input_precision=PRECISION)  # [N, D]
-    store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    dv = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, dv, input_precision=PRECISION)  # [N, D]
 
     delta = tl.sum(probs * d_probs, 1)
     high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)  # [M, N]
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
-    store_tile(dk_ptr, dk, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    dq = split_dot(high, low, k, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+    dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)  # [N, D]
+    dq = split_dot(high, low, k, tl.zeros(q.shape, tl.float32), PRECISION)  # [M, D]
     store_tile(dq_ptr, dq, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    return dk, dv
+
+
+@triton.jit
+def _tile(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
+    sample, head, heads, q_queries, kv_queries, q_start, kv_start,
+    q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    scale, scale_log2, keep_scale, level, place,
+    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """One part of one sample and head in one tile; see `backward_tile_kernel`."""
+    n = tl.arange(0, BLOCK_N)
+    n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
+    n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
+    n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
+    k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
+    v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if BLOCK_M <= SLICE:  # no loop: one of a single turn costs registers
+        dk, dv = _slice(
+            tl.arange(0, BLOCK_M), n, n_key, n_real, k, v, dk, dv,
+            q_ptr, grad_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, dropout_key_ptr,
+            sample, head, heads, q_queries, kv_queries, q_start, kv_start,
+            q_row, q_head, grad_row, grad_head, scale, scale_log2, keep_scale, level, place,
+            TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        for first in range(0, BLOCK_M, SLICE):
+            dk, dv = _slice(
+                first + tl.arange(0, SLICE), n, n_key, n_real, k, v, dk, dv,
+                q_ptr, grad_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr,
+                dropout_key_ptr, sample, head, heads, q_queries, kv_queries, q_start, kv_start,
+                q_row, q_head, grad_row, grad_head, scale, scale_log2, keep_scale, level, place,
+                TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    store_tile(dv_ptr, dv, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    store_tile(dk_ptr, dk, n_rows, n_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(
@@ -85,13 +114,13 @@ def backward_tile_kernel(
     JOINT: tl.constexpr, TEXT: tl.constexpr, CAUSAL: tl.constexpr, UNIMODAL: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TEXT_M: tl.constexpr, TEXT_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Masked self-attention, backward, for samples whose part fits one tile.
 
     Grid: (samples * heads, parts: the joint one, then the unimodal text). A program owns dq, dk and dv of one
-    part of one sample and head, and reads the part's q, k, v and grad once. The softmax is computed again
-    from q and k: neither out nor a log-sum-exp is read.
+    part of one sample and head, and reads the part's q, k, v and grad once, attending rows in slices of
+    SLICE. The softmax is computed again from q and k: neither out nor a log-sum-exp is read.
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -106,6 +135,7 @@ def backward_tile_kernel(
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
                 TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                SLICE,
             )  # fmt: skip
     if UNIMODAL:
         if tl.program_id(1) == tl.num_programs(1) - 1:
@@ -116,6 +146,7 @@ def backward_tile_kernel(
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
                 scale, scale_log2, keep_scale, level, place,
                 True, False, DROPOUT, PRECISION, WIDE, HEAD_DIM, TEXT_M, TEXT_N, BLOCK_D,
+                SLICE,
             )  # fmt: skip
 
 

@@ -258,6 +258,8 @@ def _run_backward(
         return dq, dk, dv
 
     configs = _configs(plan, launch.BACKWARD, q)
+    if plan.tile is not None:
+        configs = (launch.one_tile_backward(plan.tile, q.dtype, head_dim, launching.architecture(q.device)),)
     return launching.first_that_fits("self_attention_backward", q.device, configs, run)
 
 

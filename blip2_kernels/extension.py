@@ -1,0 +1,72 @@
+"""The compiled extension (csrc/): loaded if it is there and in order; else the reason why it is not used."""
+
+import platform
+import struct
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_C.abi3.so"
+
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+"""ELF's numbers of processor architectures."""
+
+
+def _file_reason(library: Path) -> str | None:
+    """None for a library that is whole and made for this machine; loading any other might end the process."""
+    try:
+        with library.open("rb") as file:
+            header = file.read(64)
+            size = file.seek(0, 2)
+    except OSError as error:
+        return f"{library} cannot be read: {error.strerror}"
+    if header[:4] != b"\x7fELF":  # another system's format: its loader decides
+        return None if platform.system() != "Linux" else f"{library} is no ELF library; install it again"
+    if len(header) < 64:
+        return f"{library} is truncated ({size} bytes); install it again"
+    machine = struct.unpack_from("<H", header, 18)[0]
+    # The table of sections is the last thing in a library.
+    table, entry_size, entries = struct.unpack_from("<Q", header, 40) + struct.unpack_from("<HH", header, 58)
+    if size < table + entry_size * entries:
+        return f"{library} is truncated ({size} bytes); install it again"
+    built_for = _MACHINES.get(machine, f"machine {machine}")
+    if platform.system() == "Linux" and built_for != platform.machine():
+        return f"{library} was built for {built_for}, this machine is {platform.machine()}"
+    return None
+
+
+@cache
+def reason() -> str | None:
+    """None where the extension is loaded (by the first call), else why it is not."""
+    if not LIBRARY.exists():
+        return "the extension was not built: `pip install -v .` says why"
+    problem = _file_reason(LIBRARY)
+    if problem is not None:
+        return problem
+    if hasattr(torch.ops.blip2_kernels, "add_layer_norm"):
+        return "another copy of the extension is already loaded in this process"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY} cannot be loaded: {error.__cause__ or error}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def device_reason(device_type: str) -> str | None:
+    """None where the extension runs on tensors of a device type, else why not."""
+    return _device_reason(device_type)
+
+
+@cache
+def _device_reason(device_type: str) -> str | None:
+    problem = reason()
+    if problem is not None:
+        return problem
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return f"the extension runs on CPU and CUDA tensors, not on {device_type}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("blip2_kernels::add_layer_norm", key):
+        return "the extension was built without CUDA"
+    return None

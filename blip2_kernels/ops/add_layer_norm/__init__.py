@@ -1,0 +1,1 @@
+"""LayerNorm of a residual sum: see `api.add_layer_norm`."""

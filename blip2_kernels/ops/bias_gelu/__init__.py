@@ -1,0 +1,1 @@
+"""Bias and exact GELU: see `api.bias_gelu`."""

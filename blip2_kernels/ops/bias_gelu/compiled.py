@@ -1,0 +1,47 @@
+"""Backend `csrc`: the compiled operator, its shapes for tracing, and its gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import extension
+from ..library import describe_compiled, differentiate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports(x: Tensor, bias: Tensor | None) -> str | None:
+    """None where the compiled operator can serve, else the reason."""
+    if x.dtype not in DTYPES:
+        return f"the extension computes in fp32, fp16 and bf16, not in {x.dtype}"
+    return extension.device_reason(x.device.type)
+
+
+def bias_gelu_compiled(x: Tensor, bias: Tensor | None) -> Tensor:
+    """See `bias_gelu`."""
+    return torch.ops.blip2_kernels.bias_gelu.default(x, bias)
+
+
+def _fake_forward(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = torch.ops.blip2_kernels.bias_gelu_backward.default(grad, x, bias)
+    return dx, None if bias is None else dbias
+
+
+if extension.reason() is None:
+    describe_compiled("bias_gelu", _fake_forward)
+    describe_compiled("bias_gelu_backward", _fake_backward)
+    differentiate("bias_gelu", _differentiate, _save)

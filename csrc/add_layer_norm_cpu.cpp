@@ -1,0 +1,184 @@
+// add_layer_norm on the CPU: a row at a time, in buffers that stay in the first-level cache.
+#include "add_layer_norm.h"
+
+#include <cmath>
+
+#include "cpu_rows.h"
+
+namespace blip2_kernels {
+namespace {
+
+struct alignas(64) RowBuffers {
+  float hidden[kMaxNormWidth];
+  float weighted[kMaxNormWidth];
+  PhiloxWords random[kMaxNormWidth / kLanes];
+
+  // The random number of a channel: words lie in memory as their halves do, low half first.
+  HOST_DEVICE const uint16_t* lanes() const {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+    return reinterpret_cast<const uint16_t*>(random);
+  }
+};
+
+template <bool kDrops, class X, class T>
+struct Rows {
+  const AddLayerNorm& a;
+  const Dropout dropout;
+  RowBuffers& buffers;
+
+  HOST_DEVICE void draw(int64_t row) const {
+    const uint32_t row_key = a.dropout.row_keys[row];
+    const int groups = int((a.width + kLanes - 1) / kLanes);
+#pragma omp simd
+    for (int group = 0; group < groups; ++group) buffers.random[group] = philox(dropout, row_key, group);
+  }
+
+  HOST_DEVICE float dropped(float value, int c, const uint16_t* lanes) const {
+    return kDrops ? drop(dropout, lanes[c], value) : value;
+  }
+
+  // Fills buffers.hidden with what is normalised, and returns its sum.
+  HOST_DEVICE float hidden(int64_t row) const {
+    const X* __restrict x = static_cast<const X*>(a.x) + row * a.x_stride;
+    const T* __restrict residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+    const T* __restrict input_bias = static_cast<const T*>(a.input_bias);
+    float* __restrict out = buffers.hidden;
+    if constexpr (kDrops) draw(row);
+    const uint16_t* lanes = buffers.lanes();
+    const int width = int(a.width);
+    float sum = 0;
+    if (input_bias) {
+#pragma omp simd reduction(+ : sum)
+      for (int c = 0; c < width; ++c) {
+        const float value = to_float(x[c]) + to_float(input_bias[c]);
+        out[c] = to_float(residual[c]) + dropped(value, c, lanes);
+        sum += out[c];
+      }
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int c = 0; c < width; ++c) {
+        out[c] = to_float(residual[c]) + dropped(to_float(x[c]), c, lanes);
+        sum += out[c];
+      }
+    }
+    return sum;
+  }
+};
+
+template <bool kDrops, class X, class T>
+HOST_DEVICE void forward_rows(const AddLayerNormForward& a, RowBuffers& buffers, int64_t first, int64_t last) {
+  const Rows<kDrops, X, T> rows{a, Dropout::of(a.dropout), buffers};
+  const int width = int(a.width);
+  const T* __restrict weight = static_cast<const T*>(a.weight);
+  const T* __restrict bias = static_cast<const T*>(a.bias);
+  const float* __restrict hidden = buffers.hidden;
+  for (int64_t row = first; row < last; ++row) {
+    const float mean = rows.hidden(row) / width;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int c = 0; c < width; ++c) squares += (hidden[c] - mean) * (hidden[c] - mean);
+    const float rstd = 1.0f / __builtin_sqrtf(squares / width + a.eps);
+    T* __restrict out = static_cast<T*>(a.out) + row * a.width;
+#pragma omp simd
+    for (int c = 0; c < width; ++c) {
+      const float normal = normalized(hidden[c], mean, rstd);
+      out[c] = from_float<T>(normal * to_float(weight[c]) + to_float(bias[c]));
+    }
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+  }
+}
+
+template <bool kDrops, class X, class T>
+HOST_DEVICE void backward_row(
+    const AddLayerNormBackward& a, const Rows<kDrops, X, T>& rows, RowBuffers& buffers, int64_t row, float* sums) {
+  const int width = int(a.width);
+  const T* __restrict grad = static_cast<const T*>(a.grad) + row * a.grad_stride;
+  const T* __restrict weight = static_cast<const T*>(a.weight);
+  float* __restrict normal = buffers.hidden;
+  float* __restrict weighted = buffers.weighted;
+  float* __restrict dweight = sums;
+  float* __restrict dbias = sums + width;
+  float* __restrict dinput_bias = sums + 2 * width;
+  const float mean = a.mean[row], rstd = a.rstd[row];
+  rows.hidden(row);
+  float sum_weighted = 0, sum_product = 0;
+#pragma omp simd reduction(+ : sum_weighted, sum_product)
+  for (int c = 0; c < width; ++c) {
+    const float g = to_float(grad[c]);
+    normal[c] = normalized(normal[c], mean, rstd);
+    weighted[c] = g * to_float(weight[c]);
+    sum_weighted += weighted[c];
+    sum_product += weighted[c] * normal[c];
+    dweight[c] += g * normal[c];
+    dbias[c] += g;
+  }
+  const float mean_weighted = sum_weighted / width, mean_product = sum_product / width;
+  const uint16_t* lanes = buffers.lanes();
+  X* __restrict dx = static_cast<X*>(a.dx) + row * a.width;
+  T* __restrict dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * a.width : nullptr;
+#pragma omp simd
+  for (int c = 0; c < width; ++c) {
+    const float dhidden = hidden_gradient(weighted[c], mean_weighted, normal[c], mean_product, rstd);
+    const float d = rows.dropped(dhidden, c, lanes);
+    dx[c] = from_float<X>(d);
+    dinput_bias[c] += d;
+    weighted[c] = dhidden;
+  }
+  if (dresidual) {
+#pragma omp simd
+    for (int c = 0; c < width; ++c) dresidual[c] = from_float<T>(weighted[c]);
+  }
+}
+
+template <bool kDrops, class X, class T>
+HOST_DEVICE void backward_part(const AddLayerNormBackward& a, RowBuffers& buffers, int64_t part) {
+  const Rows<kDrops, X, T> rows{a, Dropout::of(a.dropout), buffers};
+  float* sums = a.partials + part * kNormSums * a.width;
+  for (int64_t i = 0; i < kNormSums * a.width; ++i) sums[i] = 0;
+  const int64_t last = first_row_of_part(part + 1, a.parts, a.rows);
+  for (int64_t row = first_row_of_part(part, a.parts, a.rows); row < last; ++row)
+    backward_row<kDrops, X, T>(a, rows, buffers, row, sums);
+}
+
+template <bool kDrops, class X, class T>
+void forward(const AddLayerNormForward& a) {
+  in_parallel(a.rows, a.width, [&](int64_t first, int64_t last) {
+    RowBuffers buffers;
+    run_for_this_processor(
+        [&]() __attribute__((always_inline)) { forward_rows<kDrops, X, T>(a, buffers, first, last); });
+  });
+}
+
+template <bool kDrops, class X, class T>
+void backward(const AddLayerNormBackward& a) {
+  in_parallel(a.parts, a.width * a.rows / std::max<int64_t>(a.parts, 1), [&](int64_t first, int64_t last) {
+    RowBuffers buffers;
+    run_for_this_processor([&]() __attribute__((always_inline)) {
+      for (int64_t part = first; part < last; ++part) backward_part<kDrops, X, T>(a, buffers, part);
+    });
+  });
+  for (int i = 0; i < kNormSums; ++i)
+    if (a.sums[i]) store_sum<T>(a.partials + i * a.width, a.parts, kNormSums * a.width, a.width, a.sums[i]);
+}
+
+// Calls run.operator()<kDrops, X, T>() for the formats of the arguments.
+template <class Run>
+void with_formats(const AddLayerNorm& a, const Run& run) {
+  const auto with_dropout = [&]<class X, class T>() {
+    a.dropout.level ? run.template operator()<true, X, T>() : run.template operator()<false, X, T>();
+  };
+  with_norm_formats(a, with_dropout);
+}
+
+}  // namespace
+
+void add_layer_norm_cpu(const AddLayerNormForward& arguments) {
+  with_formats(arguments, [&]<bool kDrops, class X, class T>() { forward<kDrops, X, T>(arguments); });
+}
+
+void add_layer_norm_backward_cpu(const AddLayerNormBackward& arguments) {
+  with_formats(arguments, [&]<bool kDrops, class X, class T>() { backward<kDrops, X, T>(arguments); });
+}
+
+}  // namespace blip2_kernels

@@ -1,0 +1,16 @@
+// The schemas of the compiled operators; their shapes for tracing and their gradients are registered in Python.
+#include <torch/csrc/stable/library.h>
+
+#include "library.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(BLIP2_KERNELS_NAMESPACE, library) {
+  library.def(
+      "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? input_bias, float eps, "
+      "float dropout, Tensor? dropout_key, Tensor? row_keys, int place) -> (Tensor out, Tensor mean, Tensor rstd)");
+  library.def(
+      "add_layer_norm_backward(Tensor grad, Tensor x, Tensor residual, Tensor weight, Tensor? input_bias, "
+      "Tensor mean, Tensor rstd, float dropout, Tensor? dropout_key, Tensor? row_keys, int place) -> "
+      "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dinput_bias)");
+  library.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
+  library.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)");
+}

@@ -1,0 +1,60 @@
+"""The CUDA kernels on the host, under the compiler's sanitizers, and faults that these must find."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from harness import host_build
+
+pytestmark = pytest.mark.slow
+
+BARRIER = "    if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = value;\n    __syncthreads();\n"
+OVERRUN = "if (octet * kLanes + lane < width) data[lane] = from_float<T>(given.value[lane]);"
+FAULTS = {
+    "a removed barrier": ("cuda_sums.h", BARRIER, BARRIER.replace("    __syncthreads();\n", "")),
+    "an overrun": ("octet.h", OVERRUN, OVERRUN.replace("< width", "<= width")),
+    "a shift beyond the word": ("philox.h", "((lane & 1) * 16)", "((lane & 1) * 32)"),
+}
+
+
+def run_cases(program, *arguments):
+    command = [program, *map(str, arguments)]
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Build the program of cases for a sanitizer, with a fault of FAULTS or without."""
+
+    def with_fault(sanitizer, fault=None):
+        csrc = shutil.copytree(host_build.CSRC, tmp_path / "csrc")
+        if fault is not None:
+            name, sound, faulty = FAULTS[fault]
+            text = (csrc / name).read_text()
+            assert text.count(sound) == 1, f"{name} has changed: adapt the fault"
+            (csrc / name).write_text(text.replace(sound, faulty))
+        return host_build.build_program(tmp_path, sanitizer, csrc)
+
+    return with_fault
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_no_case_is_objected_to(build, sanitizer, seed):
+    done = run_cases(build(sanitizer), 20, seed % 1000)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
+    assert done.stdout.endswith("20 cases\n") and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "fault", "said"),
+    [
+        ("thread", "a removed barrier", "data race"),
+        ("address", "an overrun", "heap-buffer-overflow"),
+        ("undefined", "a shift beyond the word", "shift exponent 32 is too large"),
+    ],
+)
+def test_a_planted_fault_is_found(build, sanitizer, fault, said):
+    done = run_cases(build(sanitizer, fault), 4, 1, 4095)
+    assert done.returncode != 0 and said in done.stderr, done.stdout[-500:] + done.stderr[-2000:]

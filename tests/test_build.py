@@ -1,0 +1,73 @@
+"""setup.py: what it decides to build, and that it says why where it builds less. Nothing is compiled here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import clean_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def plan(tmp_path, **changes):
+    """What setup.py says when it is asked for the package's name."""
+    command = [sys.executable, str(ROOT / "setup.py"), "--name"]
+    kept = clean_environment(**changes)
+    for name in ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "BLIP2_KERNELS_BUILD"):
+        if name not in changes:
+            kept.pop(name, None)
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
+    return done.returncode, [line for line in done.stderr.splitlines() if "blip2-kernels:" in line], done
+
+
+@pytest.fixture
+def no_tools(tmp_path):
+    """A PATH without any compiler."""
+    return str(tmp_path)
+
+
+def test_without_a_compiler_it_installs_and_says_so(tmp_path, no_tools):
+    code, said, _ = plan(tmp_path, PATH=no_tools)
+    assert code == 0 and len(said) == 1
+    assert "installing without the compiled extension: no C++ compiler (c++, g++, clang++)" in said[0]
+
+
+def test_without_a_compiler_what_is_asked_for_is_refused(tmp_path, no_tools):
+    code, _, done = plan(tmp_path, PATH=no_tools, BLIP2_KERNELS_BUILD="cpu")
+    assert code == 1 and "BLIP2_KERNELS_BUILD=cpu: no C++ compiler" in done.stderr
+
+
+def test_without_nvcc(tmp_path, no_tools):
+    compiler = Path(no_tools, "c++")
+    compiler.symlink_to("/bin/true")
+    code, _, done = plan(tmp_path, PATH=no_tools, BLIP2_KERNELS_BUILD="cuda")
+    assert code == 1 and "BLIP2_KERNELS_BUILD=cuda: no nvcc" in done.stderr
+    code, said, _ = plan(tmp_path, PATH=no_tools)
+    assert code == 0 and "building the extension without CUDA: " in said[0]
+
+
+def test_nothing_is_looked_for_where_nothing_is_wanted(tmp_path):
+    code, said, _ = plan(tmp_path, BLIP2_KERNELS_BUILD="0")
+    assert code == 0 and said == []
+
+
+def test_an_unknown_wish(tmp_path):
+    code, _, done = plan(tmp_path, BLIP2_KERNELS_BUILD="gpu")
+    assert code == 1 and "BLIP2_KERNELS_BUILD: expected 0, cpu or cuda, got 'gpu'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_build_that_fails_does_not_stop_the_installation(tmp_path):
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    arguments = ("build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp"))
+    command = [sys.executable, str(ROOT / "setup.py"), "-q", *arguments]
+    for wish, expected in (("", 0), ("cpu", 1)):
+        env = clean_environment(CXX=str(compiler), BLIP2_KERNELS_BUILD=wish, PATH=os.environ["PATH"])
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        said = "installing without the compiled extension: its build failed" if not wish else "BUILD=cpu: "
+        assert said in done.stderr

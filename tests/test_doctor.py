@@ -1,0 +1,119 @@
+"""doctor: what works is said to work, a broken extension is named, and the package goes on without it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compiled_cases import needs_extension
+from processes import clean_environment
+
+from blip2_kernels import doctor, extension
+
+ROOT = Path(__file__).resolve().parent.parent
+
+needs_elf = pytest.mark.skipif(sys.platform != "linux", reason="breaks ELF libraries")
+
+
+def findings_by_name():
+    return {(f.op, f.backend): f for f in doctor.examine(["cpu"])}
+
+
+def test_every_operator_and_backend_is_examined():
+    found = findings_by_name()
+    from blip2_kernels import ops
+
+    assert {op for op, _ in found} == set(ops.__all__)
+    assert all(found[op, "reference"].works for op in ops.__all__)
+    assert all(f.healthy for f in found.values())
+    compiled = found["bias_gelu", "csrc"]
+    assert compiled.works == (extension.reason() is None)
+
+
+def test_a_wrong_backend_is_seen(monkeypatch):
+    monkeypatch.setattr(doctor, "bias_gelu", lambda x, bias, backend: (x + bias) * (1 + (backend == "csrc")))
+    found = findings_by_name()["bias_gelu", "csrc"]
+    assert not found.works and not found.healthy and "other numbers" in found.reason
+
+
+def test_json():
+    command = [sys.executable, "-m", "blip2_kernels.doctor", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "PyTorch version" in found["environment"] and found["findings"]
+
+
+SCRIPT = """
+import torch
+from blip2_kernels import doctor, extension
+from blip2_kernels.ops import bias_gelu
+x = torch.randn(3, 4)
+assert torch.equal(bias_gelu(x), torch.nn.functional.gelu(x))
+print(extension.reason())
+print({f.reason for f in doctor.examine(["cpu"]) if f.backend == "csrc"})
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package whose library a test may break; runs SCRIPT beside it."""
+    for name in ("blip2_kernels", "model"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run():
+        env = clean_environment(PYTHONPATH=str(tmp_path))
+        command = [sys.executable, "-c", SCRIPT]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        reason, findings = done.stdout.splitlines()
+        assert reason[:40] in findings
+        return reason
+
+    run.library = tmp_path / "blip2_kernels" / extension.LIBRARY.name
+    return run
+
+
+@needs_extension
+@needs_elf
+@pytest.mark.parametrize("kept", [0, 30, 5000, 0.5, 0.999])
+def test_a_truncated_library(copy, kept):
+    data = copy.library.read_bytes()
+    copy.library.write_bytes(data[: int(kept * len(data)) if kept < 1 else kept])
+    reason = copy()
+    assert "truncated" in reason or "no ELF library" in reason, reason
+
+
+@needs_extension
+@needs_elf
+def test_a_library_for_another_processor(copy):
+    data = bytearray(copy.library.read_bytes())
+    data[18:20] = (40).to_bytes(2, "little")
+    copy.library.write_bytes(data)
+    assert "was built for machine 40, this machine is" in copy()
+
+
+@needs_extension
+@needs_elf
+def test_a_missing_symbol(copy):
+    """As where a library was built for a newer torch."""
+    data = copy.library.read_bytes()
+    assert b"torch_parallel_for\0" in data
+    copy.library.write_bytes(data.replace(b"torch_parallel_for\0", b"torch_parallel_fox\0"))
+    reason = copy()
+    assert "cannot be loaded" in reason and "torch_parallel_fox" in reason
+
+
+def test_no_library(copy):
+    copy.library.unlink(missing_ok=True)
+    assert "was not built" in copy()
+
+
+@needs_extension
+def test_cuda_tensors_without_a_cuda_build():
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("blip2_kernels::bias_gelu", "CUDA"):
+        assert extension.device_reason("cuda") == "the extension was built without CUDA"
+    assert "not on xpu" in extension.device_reason("xpu")
