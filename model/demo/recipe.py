@@ -37,7 +37,6 @@ class Recipe:
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
-        stage1_query_rate: what `QUERIES` learn at in stage 1, as a share of the rest.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         encode_batch_size: pictures a forward pass of the image encoder.
     """
@@ -55,7 +54,6 @@ class Recipe:
     stage1_batch_size: int = 32
     stage2_batch_size: int = 32
     stage1_learning_rate: float = 2e-4
-    stage1_query_rate: float = 0.1
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
     encode_batch_size: int = 32
@@ -80,18 +78,6 @@ WORDS = "embeddings.word_embeddings.weight"
 would cost a third of a step."""
 
 
-QUERIES = (
-    "query_tokens",
-    "crossattention.attention.query.",
-    "crossattention.attention.key.",
-    "intermediate_query.",
-    "output_query.",
-)
-"""Parts of parameter names in stage 1: who the queries are, where they look, and the feed-forward of their
-own. Where these learn as fast as the rest, the feed-forward of the first layers often drowns what tells one
-query from another."""
-
-
 @contextlib.contextmanager
 def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
     """Autocast to bfloat16 where that is native (or as told), on the device torch would use."""
@@ -107,9 +93,6 @@ class ContrastFirst:
     alone, and a verdict about them has no slope before both towers know it. The contrast finds it, and then
     the others do within a hundred steps.
 
-    Batches of scenes that share a thing teach the contrast and keep matching from learning: they are for the
-    steps of ITG (`hardens`).
-
     Args:
         longest: ITC is alone for so many steps at most.
         enough: until this share of a batch's images (running mean) fits its own text best. With twins not
@@ -119,10 +102,6 @@ class ContrastFirst:
     def __init__(self, longest: int, enough: float = 0.8) -> None:
         self.longest, self.enough = longest, enough
         self.share, self.alone = 0.0, True
-
-    def hardens(self, step: int) -> bool:
-        """Whether scenes that share a thing shall meet in the batch of a step."""
-        return not self.alone and step % 2 == 0
 
     def __call__(self, model: Any, batch: dict[str, Tensor], step: int) -> Any:
         self.alone = self.alone and step < self.longest and self.share < self.enough
@@ -160,20 +139,17 @@ def train_stage1(
         scenes, twins: of `Splits`.
     """
     dataset, collate = SceneDataset(features, scenes), Stage1Collate(tokenizer)
-    steps, nouns = ContrastFirst(recipe.contrast_steps), [scene.nouns for scene in scenes]
     model.get_parameter(WORDS).requires_grad_(False)
-    slow = [name for name, _ in model.named_parameters() if any(part in name for part in QUERIES)]
     return train(
         model,
         dataset,
         collate=collate,
-        batch_sampler=TwinBatches(twins, nouns, recipe.stage1_batch_size, seed, steps.hardens),
+        batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed),
         max_steps=recipe.stage1_steps,
         learning_rate=recipe.stage1_learning_rate,
-        learning_rate_multipliers=dict.fromkeys(slow, recipe.stage1_query_rate),
         warmup_steps=recipe.stage1_warmup_steps,
         schedule=hold_then_fall,
-        step_function=steps,
+        step_function=ContrastFirst(recipe.contrast_steps),
         output_dir=output_dir,
         bf16=has_fast_bf16(),
         seed=seed,
