@@ -56,9 +56,11 @@ def one_tile_backward(tile: Config, dtype: torch.dtype, head_dim: int, architect
     """The same for the backward, which takes the tile's attending rows in slices of SLICE: what has a score
     for each is in registers for one slice at a time."""
     slice_rows, warps = max(tile["BLOCK_M"], tile["TEXT_M"]), tile.num_warps
-    if dtype != torch.float32 and head_dim > 64:
+    if dtype == torch.float32:
+        slice_rows = SMALLEST_TILE
+    elif head_dim > 64:
         warps *= 2
-    elif dtype != torch.float32 and architecture in WARPS_ALONE:
+    elif architecture in WARPS_ALONE:
         slice_rows = min(slice_rows, 32)
     return Config.of(warps, tile.num_stages, SLICE=slice_rows, **dict(tile.blocks))
 
