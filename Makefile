@@ -105,6 +105,8 @@ endif
 $(VENV)/.installed-%: $(SOURCES)
 	@echo "== installing blip2-kernels[$*] in $(VENV) (a few minutes the first time)"
 	@$(PIP) -e ".[$*]"
+	@# Once more, now that torch is there to build the extension against.
+	@$(PIP) --no-deps -e .
 	@$(PIP) --no-deps -r requirements-demo-assets.txt
 	@$(BIN)/python -c "import torch; gpu = torch.cuda.is_available(); print('== torch', torch.__version__, 'on', torch.cuda.get_device_name() if gpu else 'the CPU')"
 	@touch $@
