@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _examine(
     return made(works=True, reason="works", healthy=True)
 
 
-def report() -> dict[str, object]:
+def report() -> dict[str, Any]:
     """Everything, as what JSON can hold: `environment` (torch's own report), `extension`, `findings`."""
     from torch.utils.collect_env import get_pretty_env_info
 
@@ -163,12 +164,12 @@ def report() -> dict[str, object]:
     }
 
 
-def as_text(found: dict[str, object]) -> str:
+def as_text(found: dict[str, Any]) -> str:
     """A report for people."""
-    lines = [str(found["environment"]), "", "The compiled extension"]
-    lines += [f"  {name:8} {value}" for name, value in found["extension"].items()]  # type: ignore[attr-defined]
+    lines = [found["environment"], "", "The compiled extension"]
+    lines += [f"  {name:8} {value}" for name, value in found["extension"].items()]
     lines += ["", "Operators (backend auto takes the first that works)"]
-    for finding in found["findings"]:  # type: ignore[attr-defined]
+    for finding in found["findings"]:
         name = f"{finding['op']:22} {finding['backend']:10} {finding['device']:5}"
         lines.append(f"  {name} {'' if finding['healthy'] else 'FAILED: '}{finding['reason']}")
     return "\n".join(lines)
@@ -178,7 +179,7 @@ def print_report(as_json: bool) -> int:
     """Print a report; the exit status: 1 where a backend ran and failed, else 0."""
     found = report()
     print(json.dumps(found, indent=2) if as_json else as_text(found))
-    return int(not all(finding["healthy"] for finding in found["findings"]))  # type: ignore[attr-defined]
+    return int(not all(finding["healthy"] for finding in found["findings"]))
 
 
 if __name__ == "__main__":

@@ -407,7 +407,8 @@ class FusedEncoder:
         inside = getattr(self.qformer, "layernorm", None) is None
         owner = self.qformer.embeddings if inside else self.qformer
         rows = owner.layernorm(rows.to(owner.layernorm.weight.dtype))
-        return run.drop(rows, owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
+        drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
+        return rows if drop is None else drop(rows)
 
     def _check(
         self,

@@ -35,6 +35,10 @@ class HiddenDropout:
     layer: int
     site: Site
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Drop elements of x [rows, C]."""
+        return dropout_hidden(x, self.p, self.key, self.names, layer=self.layer, site=self.site)
+
     def options(self) -> dict[str, Any]:
         """The same as arguments of an op."""
         names = {"dropout_key": self.key, "row_keys": self.names}
@@ -63,7 +67,7 @@ def dense_add_norm(
     else:
         y = call_linear(dense, x)
     if drop is not None:
-        y = dropout_hidden(y, drop.p, drop.key, drop.names, layer=drop.layer, site=drop.site)
+        y = drop(y)
     return norm(residual + y)
 
 
@@ -97,8 +101,7 @@ def _is_exact_gelu(activation: nn.Module, x: Tensor) -> bool:
 def _without_bias(dense: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The linear layer's product, and its bias where that was left out for the operator that follows."""
     bias = getattr(dense, "bias", None)
-    if plain_reason(dense, nn.Linear) is not None or bias is None:
-        return call_linear(dense, x), None
-    if beside is not None and bias.dtype != beside.dtype:
+    mixed = bias is not None and beside is not None and bias.dtype != beside.dtype
+    if bias is None or mixed or plain_reason(dense, nn.Linear) is not None:
         return call_linear(dense, x), None
     return linear(x, dense.weight), bias

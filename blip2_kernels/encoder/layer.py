@@ -14,7 +14,7 @@ from ..layout import Selection, TokenLayout
 from ..mask import AttentionMask
 from ..ops import cross_attention, latent_attention, self_attention
 from ..ops.linear import linear, linear_by_head
-from ..ops.philox import Site, dropout_hidden
+from ..ops.philox import Site
 from .epilogues import HiddenDropout, dense_add_norm, dense_gelu
 from .images import ImageKeyValues, KeyValues
 from .modules import call_linear, plain_reason
@@ -70,11 +70,13 @@ class Pass:
     fold: Fold = FoldedLinear.fold
     join: Join | None = None
 
-    def drop(self, x: Tensor, dropout: nn.Dropout, names: Tensor, layer: int, site: Site) -> Tensor:
-        """Drop hidden elements of x [rows, C] at the rate of a dropout module."""
+    def hidden_dropout(
+        self, dropout: nn.Dropout, names: Tensor, layer: int, site: Site
+    ) -> HiddenDropout | None:
+        """What a dropout module does to hidden rows of these names; None where nothing is dropped."""
         if self.dropout_key is None or dropout.p == 0:
-            return x
-        return dropout_hidden(x, dropout.p, self.dropout_key, names, layer=layer, site=site)
+            return None
+        return HiddenDropout(dropout.p, self.dropout_key, names, layer, site)
 
     def attention_dropout(self, attention: nn.Module, layer: int) -> dict[str, object]:
         """The dropout arguments of an attention op."""
@@ -332,7 +334,5 @@ def _add_norm(
     output: nn.Module, x: Tensor, residual: Tensor, names: Tensor, number: int, site: Site, run: Pass
 ) -> Tensor:
     """LayerNorm(residual + dropout(dense(x))): how each of the three parts of a layer ends."""
-    drop = None
-    if run.dropout_key is not None and output.dropout.p > 0:
-        drop = HiddenDropout(output.dropout.p, run.dropout_key, names, number, site)
+    drop = run.hidden_dropout(output.dropout, names, number, site)
     return dense_add_norm(output.dense, output.LayerNorm, x, residual, drop)

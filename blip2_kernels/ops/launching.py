@@ -26,6 +26,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MINIMUM_CAPABILITY = (8, 0)
 """bf16 tensor cores and asynchronous copies begin here."""
 
+WARPS_ALONE = (80, 86, 87, 89, 120, 121)
+"""Architectures on which each warp multiplies what it holds in registers: tiles are smaller there."""
+
+BLACKWELL = (100, 103)
+"""Where products come from tensor memory, and every tile of them passes through registers."""
+
 
 @dataclass(frozen=True)
 class Config:

@@ -23,7 +23,6 @@ from ..generation import Blip2ForConditionalGeneration
 from ..progress import ProgressBar
 from . import assets, figures, pipeline, recipe, report, warm_start
 from .batches import SceneDataset, Stage1Collate, Stage2Collate, TwinBatches
-from .scenes import make_splits
 from .side_by_side import Learner, summarise, train_in_turn
 
 LIMIT = 1e-3
@@ -129,13 +128,7 @@ def _stages(quick: bool, seed: int, cache: Path, progress: bool) -> Iterator[Sta
     then."""
     plan = recipe.QUICK if quick else recipe.FULL
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    splits = make_splits(
-        seed,
-        pairs=plan.pairs,
-        relations_a_pair=plan.relations_a_pair,
-        singles=plan.singles,
-        held_out=plan.held_out,
-    )
+    splits = plan.splits(seed)
     features = pipeline.encode(splits, cache, plan.encode_batch_size, progress).train
     dataset, captions = SceneDataset(features, splits.train), [scene.caption() for scene in splits.train]
 

@@ -21,7 +21,7 @@ from ..vision import FeatureCache
 from . import assets, evaluation, figures, recipe, report, ridge, warm_start
 from .batches import PROMPT, Stage2Collate
 from .drawing import draw
-from .scenes import Scene, Splits, make_splits
+from .scenes import Scene, Splits
 
 
 @dataclass
@@ -87,13 +87,7 @@ def run(
     _say(f"BLIP-2 in two stages on {where} in {precision}; results go to {output}/")
 
     clock.start("encode_pictures")
-    splits = make_splits(
-        seed,
-        pairs=plan.pairs,
-        relations_a_pair=plan.relations_a_pair,
-        singles=plan.singles,
-        held_out=plan.held_out,
-    )
+    splits = plan.splits(seed)
     features = encode(splits, cache, plan.encode_batch_size, progress)
 
     clock.start("stage1")

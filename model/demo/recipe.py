@@ -19,7 +19,7 @@ from ..pretraining import Blip2ForPreTraining
 from ..train import TrainResult, train
 from .assets import has_fast_bf16
 from .batches import SceneDataset, Stage1Collate, Stage2Collate, TwinBatches
-from .scenes import Scene
+from .scenes import Scene, Splits, make_splits
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,16 @@ class Recipe:
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
     encode_batch_size: int = 32
+
+    def splits(self, seed: int) -> Splits:
+        """The scenes of a run."""
+        return make_splits(
+            seed,
+            pairs=self.pairs,
+            relations_a_pair=self.relations_a_pair,
+            singles=self.singles,
+            held_out=self.held_out,
+        )
 
 
 FULL = Recipe()

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..launching import Config, LaunchTable
+from ..launching import BLACKWELL, WARPS_ALONE, Config, LaunchTable
 
 CHUNK = 512
 """Image tokens that are attended to from a fresh start and then merged, in order. Part of the result's
@@ -26,12 +26,6 @@ def _tile(rows: int, tokens: int, warps: int, stages: int) -> Config:
     return Config.of(warps, stages, BLOCK_M=rows, BLOCK_N=tokens)
 
 
-_WARPS_ALONE = (80, 86, 87, 89, 120, 121)
-"""Architectures on which each warp multiplies what it holds in registers: tiles are smaller there."""
-
-_BLACKWELL = (100, 103)
-"""Where products come from tensor memory, and every tile of them passes through registers."""
-
 # Of no configuration does the compiler spill registers, in Triton 3.6 or in 3.9, with dropout or without.
 # fp32 products, which have no tensor cores, keep whole rows of their operands in registers: eight warps share
 # them where four would spill.
@@ -47,14 +41,14 @@ FORWARD = LaunchTable(
             ("half", "narrow"): (_tile(64, 32, 4, 3), _tile(32, 32, 4, 1)),
             ("half", "wide"): (_tile(64, 32, 8, 2), _tile(32, 32, 4, 1)),
         }
-        for number in _WARPS_ALONE
+        for number in WARPS_ALONE
     }
     | {
         number: {
             ("half", "narrow"): (_tile(64, 32, 4, 3), _tile(32, 32, 4, 1)),
             ("half", "wide"): (_tile(64, 32, 8, 3), _tile(32, 32, 4, 1)),
         }
-        for number in _BLACKWELL
+        for number in BLACKWELL
     },
 )
 BACKWARD_SHARED = LaunchTable(
@@ -69,14 +63,14 @@ BACKWARD_SHARED = LaunchTable(
             ("half", "narrow"): (_tile(64, 32, 8, 2), _tile(32, 32, 4, 1)),
             ("half", "wide"): (_tile(32, 64, 8, 1), _tile(32, 32, 4, 1)),
         }
-        for number in _WARPS_ALONE
+        for number in WARPS_ALONE
     }
     | {
         number: {
             ("half", "narrow"): (_tile(128, 32, 8, 2), _tile(64, 32, 4, 1)),
             ("half", "wide"): (_tile(64, 64, 8, 2), _tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
         }
-        for number in _BLACKWELL
+        for number in BLACKWELL
     },
 )
 """Where samples share images: four samples of 32 queries are one tile where its registers suffice."""
@@ -92,9 +86,9 @@ BACKWARD_ALONE = LaunchTable(
             ("half", "narrow"): (_tile(32, 32, 4, 2), _tile(32, 32, 4, 1)),
             ("half", "wide"): (_tile(32, 32, 8, 1), _tile(32, 32, 4, 1)),
         }
-        for number in _WARPS_ALONE
+        for number in WARPS_ALONE
     }
-    | {number: {("half", "wide"): (_tile(32, 64, 8, 2), _tile(32, 32, 4, 1))} for number in _BLACKWELL},
+    | {number: {("half", "wide"): (_tile(32, 64, 8, 2), _tile(32, 32, 4, 1))} for number in BLACKWELL},
 )
 """Where every sample has an image of its own: one sample of 32 queries is a tile."""
 BACKWARD_KEYS = LaunchTable(
@@ -108,7 +102,7 @@ BACKWARD_KEYS = LaunchTable(
         number: {
             ("half", "narrow"): (_tile(64, 32, 4, 1), _tile(32, 32, 4, 1)),
         }
-        for number in _WARPS_ALONE
+        for number in WARPS_ALONE
     },
 )
 """Of the kernel for images that several tiles look at."""

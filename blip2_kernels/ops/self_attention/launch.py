@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..launching import SMALLEST_TILE, Config, LaunchTable, power_of_two
+from ..launching import BLACKWELL, SMALLEST_TILE, WARPS_ALONE, Config, LaunchTable, power_of_two
 
 
 class Tiles(NamedTuple):
@@ -45,10 +45,6 @@ def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config
     warps = 4 if dtype == torch.float32 else ONE_TILE_WARPS[max(*joint, *unimodal)]
     blocks = {"BLOCK_M": joint.rows, "BLOCK_N": joint.keys, "TEXT_M": unimodal.rows, "TEXT_N": unimodal.keys}
     return Config.of(warps, 1, **blocks)
-
-
-WARPS_ALONE = (80, 86, 87, 89, 120, 121)
-"""Architectures on which each warp multiplies what it holds in registers."""
 
 
 @cache
@@ -109,6 +105,6 @@ BACKWARD = LaunchTable(
             ("half", "narrow"): (_backward(64, 32, 8, 1), _backward(32, 16, 4, 1)),
             ("half", "wide"): (_backward(64, 64, 8, 1), _backward(32, 32, 4, 1)),
         }
-        for number in (100, 103)
+        for number in BLACKWELL
     },
 )

@@ -257,8 +257,9 @@ def _run_backward(
         launching.launch(backward_keys_kernel, (programs, blocks), args, plan.constants, config)
         return dq, dk, dv
 
-    configs = _configs(plan, launch.BACKWARD, q)
-    if plan.tile is not None:
+    if plan.tile is None:
+        configs = _configs(plan, launch.BACKWARD, q)
+    else:
         configs = (launch.one_tile_backward(plan.tile, q.dtype, head_dim, launching.architecture(q.device)),)
     return launching.first_that_fits("self_attention_backward", q.device, configs, run)
 
