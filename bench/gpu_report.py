@@ -4,7 +4,8 @@
     python bench/gpu_report.py --full       every random case, all rounds, the candidates' times
     python bench/gpu_report.py --only tests --again
 
-Installs the checkout with its CUDA extension into the Python that runs this, then runs one part after another:
+Installs the checkout with its CUDA extension into the Python that runs this, then runs one part after
+another:
 the self-test, the tests marked gpu, compute-sanitizer, the kernels and the models beside their peers. What a
 part found lies in bench/results/<device>/; a part that ran to its end at this revision is not run again. The
 last thing written is report.md.
@@ -83,7 +84,7 @@ def script(name: str, *options: object) -> list[str]:
     return [PYTHON, str(BENCH / name), *map(str, options)]
 
 
-# ------------------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------------------- parts
 
 
 def build(settings: Settings) -> int:
@@ -164,7 +165,7 @@ def tune(settings: Settings) -> int:
 PARTS: dict[str, Callable[[Settings], int]] = {
     part.__name__: part for part in (build, doctor, tests, sanitizer, kernels, models, tune)
 }
-# ------------------------------------------------------------------------------------------------------ report
+# --------------------------------------------------------------------------------------------------- report
 
 
 def _milliseconds(timing: dict) -> str:
@@ -207,11 +208,8 @@ def write_report(settings: Settings) -> Path:
         log = settings.log(part)
         if log.is_file():
             text = log.read_text().strip().splitlines()
-            shown = (
-                text
-                if part == "doctor"
-                else [line for line in text if re.search(r"passed|failed|^FAILED", line)]
-            )
+            if part != "doctor":
+                text = [line for line in text if re.search(r"passed|failed|^FAILED", line)] or text[-1:]
             lines += ["", f"## {part}", "", "```", *text, "```"]
     if path.is_file():
         lines += ["", "## kernels", "", *kernel_table(path)]
