@@ -5,10 +5,9 @@
     python bench/gpu_report.py --only tests --again
 
 Installs the checkout with its CUDA extension into the Python that runs this, then runs one part after
-another:
-the self-test, the tests marked gpu, compute-sanitizer, the kernels and the models beside their peers. What a
-part found lies in bench/results/<device>/; a part that ran to its end at this revision is not run again. The
-last thing written is report.md.
+another: the self-test, the tests marked gpu, compute-sanitizer, the kernels and the models beside their
+peers. What a part found lies in bench/results/<device>/; a part that ran to its end at this revision is not
+run again. The last thing written is report.md.
 """
 
 import argparse
