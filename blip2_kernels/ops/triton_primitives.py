@@ -1,4 +1,4 @@
-"""What the Triton kernels share: dropout by Philox, what rounding leaves, products of a tile not rounded."""
+"""What the Triton kernels share: dropout by Philox, products of a tile that is not rounded."""
 
 import triton
 import triton.language as tl
@@ -64,16 +64,6 @@ def keep_tile(bits, COLUMNS: tl.constexpr):
     else:
         spread = tl.broadcast_to(bits[:, :, None], (ROWS, GROUPS, 8)).reshape(ROWS, COLUMNS)
     return ((spread >> (column & 7)[None, :]) & 1) != 0
-
-
-@triton.jit
-def rounding_rest(tile, ptr):
-    """What is lost when a float32 tile is stored through a pointer: the forward keeps it for the backward.
-
-    rowsum(grad * out) is subtracted from numbers of its own size: where a row sees one key they are equal,
-    and the rounding of out would be all that is left of the difference.
-    """
-    return tile - tile.to(ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit

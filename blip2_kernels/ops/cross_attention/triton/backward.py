@@ -4,8 +4,12 @@ With P the probabilities, M the dropout mask with its scale, and G the gradient 
 
     dV = (P * M)^T G
     dP = (G V^T) * M
-    dS = P * (dP - rowsum(G * out)) * scale
+    dS = P * (dP - delta) * scale                 delta = rowsum(P * dP)
     dQ = dS K,  dK = dS^T Q
+
+delta is summed from the very numbers it is subtracted from, in a first sweep over the keys. That it equals
+rowsum(G * out) is true of exact numbers only: out was summed from rounded probabilities, and where a row sees
+few keys their rounding would be all that is left of the difference.
 
 Where all rows that look at an image are one tile, one program does all of it in one pass over the image.
 Where they are several, each tile's program computes dQ, and dK and dV belong to programs of their own, which
@@ -16,39 +20,35 @@ owner.
 import triton
 import triton.language as tl
 
-from ...triton_primitives import split, split_dot
+from ...triton_primitives import LENGTHS, split, split_dot
 from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
 @triton.jit
 def _rows(
-    q_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+    q_ptr, grad_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
     q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
     NUM_QUERIES: tl.constexpr, DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of stacked rows brings: q, grad, rowsum(grad * out), log2-sum-exp2 and row keys."""
+    """What a tile of stacked rows brings: q, grad, log2-sum-exp2 and row keys."""
     q = load_tile(q_ptr, sample * q_sample + query * q_query + head * q_head, there, HEAD_DIM, BLOCK_D)
     grad_place = sample * grad_sample + query * grad_query + head * grad_head
     grad = load_tile(grad_ptr, grad_place, there, HEAD_DIM, BLOCK_D)
     place = (sample * NUM_QUERIES + query) * heads + head
-    out = load_tile(out_ptr, place * HEAD_DIM, there, HEAD_DIM, BLOCK_D).to(tl.float32)
-    if rest_ptr is not None:
-        out += load_tile(rest_ptr, place * HEAD_DIM, there, HEAD_DIM, BLOCK_D).to(tl.float32)
-    delta = tl.sum(grad.to(tl.float32) * out, 1)
     lse = tl.load(lse_ptr + place, mask=there, other=float("inf"))
     m_key = query
     if DROPOUT:
         m_key = tl.load(row_keys_ptr + sample * NUM_QUERIES + query, mask=there, other=0)
-    return q, grad, delta, lse, m_key
+    return q, grad, lse, m_key
 
 
 @triton.jit
-def _scores(
-    q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
-    scale, scale_log2, keep_scale, level, place,
+def _probs(
+    q, grad, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
+    scale_log2, keep_scale, level, place,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Dropped probabilities [M, N] in the inputs' dtype, and the gradient of the scores [M, N], split."""
+    """Probabilities [M, N], the same after dropout, and their gradient [M, N]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     probs = tl.where(visible[None, :], tl.exp2(scores - lse[:, None]), 0.0)
     d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -57,13 +57,12 @@ def _scores(
         keep = keep_at(start, m_key, head, dropout_key_ptr, level, place, BLOCK_N)
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
-    high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
-    return dropped.to(q.dtype), high, low
+    return probs, dropped, d_probs
 
 
 @triton.jit(do_not_specialize=["tokens", "level", "place"])
 def backward_rows_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     order_ptr, start_ptr, tile_image_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
     tokens, heads, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, grad_sample, grad_query, grad_head,
@@ -75,8 +74,9 @@ def backward_rows_kernel(
     """Cross-attention of stacked query rows to the tokens of their image, backward.
 
     Grid: (tiles * heads,). A program owns dq of BLOCK_M stacked rows of one image and one head and, where
-    these are all the rows that look at the image, dk and dv of the image and head too. It reads its rows of
-    q, grad and out once, and the image's keys and values once. dq, dk and dv are contiguous.
+    these are all the rows that look at the image, dk and dv of the image and head too; where they are not, it
+    writes delta, float32, for `backward_keys_kernel`. It reads its rows of q and grad once, and the image's
+    keys and values twice, the second time from the cache. dq, dk and dv are contiguous.
     """
     tile = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -88,8 +88,8 @@ def backward_rows_kernel(
     sample, query, there = sample_rows(
         first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
     )
-    q, grad, delta, lse, m_key = _rows(
-        q_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+    q, grad, lse, m_key = _rows(
+        q_ptr, grad_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
         q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
         NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
@@ -97,18 +97,34 @@ def backward_rows_kernel(
     v_ptr += image.to(tl.int64) * v_image + head * v_head
     dk_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
     dv_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
+    seen = tokens
+    if VISIBLE == LENGTHS:
+        seen = tl.minimum(tokens, tl.load(visible_ptr + image))
+    delta = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, seen, BLOCK_N):
+        n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
+        k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
+        probs, _, d_probs = _probs(
+            q, grad, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
+            scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
+        )  # fmt: skip
+        delta += tl.sum(probs * d_probs, 1)
+    if rows > BLOCK_M:
+        tl.store(delta_ptr + (sample * NUM_QUERIES + query) * heads + head, delta, mask=there)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
         k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
-        dropped, high, low = _scores(
-            q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
-            scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
+        probs, dropped, d_probs = _probs(
+            q, grad, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
+            scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
         )  # fmt: skip
+        high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
         dq = split_dot(high, low, k, dq, PRECISION)
         if rows <= BLOCK_M:
-            dv = tl.dot(tl.trans(dropped), grad, input_precision=PRECISION)  # [N, D]
+            dv = tl.dot(tl.trans(dropped.to(q.dtype)), grad, input_precision=PRECISION)  # [N, D]
             store_tile(dv_ptr, dv, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
             dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
@@ -119,7 +135,7 @@ def backward_rows_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "splits", "level", "place"])
 def backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     order_ptr, start_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
     tokens, heads, splits, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, grad_sample, grad_query, grad_head,
@@ -138,7 +154,7 @@ def backward_keys_kernel(
     if WIDE:
         head = head.to(tl.int64)
     image = tl.program_id(0) // heads // splits
-    split = tl.program_id(0) // heads % splits
+    turn = tl.program_id(0) // heads % splits
     rows = NUM_QUERIES
     if GROUPED:
         rows = (tl.load(start_ptr + image + 1) - tl.load(start_ptr + image)) * NUM_QUERIES
@@ -148,7 +164,7 @@ def backward_keys_kernel(
     v_ptr += image.to(tl.int64) * v_image + head * v_head
     dk_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
     dv_ptr += (image.to(tl.int64) * tokens * heads + head) * HEAD_DIM
-    for start in range(split * BLOCK_N, tokens, splits * BLOCK_N):
+    for start in range(turn * BLOCK_N, tokens, splits * BLOCK_N):
         n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
         k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
@@ -158,16 +174,19 @@ def backward_keys_kernel(
             sample, query, there = sample_rows(
                 first, rows, image, order_ptr, start_ptr, GROUPED, NUM_QUERIES, WIDE, BLOCK_M
             )
-            q, grad, delta, lse, m_key = _rows(
-                q_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
+            q, grad, lse, m_key = _rows(
+                q_ptr, grad_ptr, lse_ptr, row_keys_ptr, sample, query, there, head, heads,
                 q_sample, q_query, q_head, grad_sample, grad_query, grad_head,
                 NUM_QUERIES, DROPOUT, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            dropped, high, low = _scores(
-                q, grad, delta, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
-                scale, scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
+            delta_place = (sample * NUM_QUERIES + query) * heads + head
+            delta = tl.load(delta_ptr + delta_place, mask=there, other=0.0)
+            probs, dropped, d_probs = _probs(
+                q, grad, lse, m_key, k, v, visible, start, head, dropout_key_ptr,
+                scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
             )  # fmt: skip
-            dv = tl.dot(tl.trans(dropped), grad, dv, input_precision=PRECISION)
+            high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
+            dv = tl.dot(tl.trans(dropped.to(q.dtype)), grad, dv, input_precision=PRECISION)
             dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
         store_tile(dv_ptr, dv, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)
         store_tile(dk_ptr, dk, n * heads * HEAD_DIM, n < tokens, HEAD_DIM, BLOCK_D)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...triton_primitives import LENGTHS, rounding_rest
+from ...triton_primitives import LENGTHS
 from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
@@ -60,19 +60,15 @@ def _merge(acc, largest, total, chunk_acc, chunk_largest, chunk_total):
 
 @triton.jit
 def _write(
-    out_ptr, rest_ptr, lse_ptr, acc, largest, total, sample, query, there, head, heads, keep_scale,
+    out_ptr, lse_ptr, acc, largest, total, sample, query, there, head, heads, keep_scale,
     NUM_QUERIES: tl.constexpr, LSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and write rows of out, what their rounding leaves (where there is a rest_ptr), and with LSE
-    their log2-sum-exp2 (inf for a row that sees nothing).
-    """
+    """Normalise and write rows of out, and with LSE their log2-sum-exp2 (inf for a row that sees nothing)."""
     seen = total > 0
     share = tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)
     place = (sample * NUM_QUERIES + query) * heads + head
     out = acc * share[:, None]
     store_tile(out_ptr, out, place * HEAD_DIM, there, HEAD_DIM, BLOCK_D)
-    if rest_ptr is not None:
-        store_tile(rest_ptr, rounding_rest(out, out_ptr), place * HEAD_DIM, there, HEAD_DIM, BLOCK_D)
     if LSE:
         lse = tl.where(seen, largest + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
         tl.store(lse_ptr + place, lse, mask=there)
@@ -80,7 +76,7 @@ def _write(
 
 @triton.jit(do_not_specialize=["tokens", "level", "place"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, rest_ptr, lse_ptr, part_ptr, part_stats_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_stats_ptr,
     order_ptr, start_ptr, tile_image_ptr, visible_ptr, row_keys_ptr, dropout_key_ptr,
     tokens, heads, q_sample, q_query, q_head,
     k_image, k_token, k_head, v_image, v_token, v_head, scale_log2, keep_scale, level, place,
@@ -139,14 +135,14 @@ def forward_kernel(
                 )  # fmt: skip
                 acc, largest, total = _merge(acc, largest, total, chunk_acc, chunk_largest, chunk_total)
         _write(
-            out_ptr, rest_ptr, lse_ptr, acc, largest, total, sample, query, there, head, heads, keep_scale,
+            out_ptr, lse_ptr, acc, largest, total, sample, query, there, head, heads, keep_scale,
             NUM_QUERIES, LSE, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def merge_kernel(
-    out_ptr, rest_ptr, lse_ptr, part_ptr, part_stats_ptr, order_ptr, start_ptr, tile_image_ptr,
+    out_ptr, lse_ptr, part_ptr, part_stats_ptr, order_ptr, start_ptr, tile_image_ptr,
     heads, chunks, keep_scale,
     NUM_QUERIES: tl.constexpr, GROUPED: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -173,7 +169,7 @@ def merge_kernel(
         )
         acc, largest, total = _merge(acc, largest, total, chunk_acc, chunk_largest, chunk_total)
     _write(
-        out_ptr, rest_ptr, lse_ptr, acc, largest, total, sample, query, there, head, heads, keep_scale,
+        out_ptr, lse_ptr, acc, largest, total, sample, query, there, head, heads, keep_scale,
         NUM_QUERIES, LSE, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
 

@@ -92,19 +92,17 @@ def _run_forward(
     dropout: float,
     layer: int,
     need_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     heads, head_dim = q.shape[2:]
     images, tokens = k.shape[:2]
     constants = _constants(q, image_index, visible, dropout_key) | {"WIDE": launching.wide(q, k[:1], v[:1])}
     chunks = max(1, -(-tokens // launch.CHUNK))
 
-    def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
+    def run(config: launching.Config) -> tuple[Tensor, Tensor]:
         from .forward import forward_kernel, merge_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3] if need_backward else 0, dtype=torch.float32, device=q.device)
-        keep_rest = need_backward and q.dtype != torch.float32
-        rest = torch.empty(q.shape if keep_rest else 0, dtype=q.dtype, device=q.device)
         groups, tiles = _group(q, images, image_index, config["BLOCK_M"])
         programs = tiles * heads
         split = launch.split_chunks(programs, chunks, launching.processors(q.device))
@@ -119,7 +117,6 @@ def _run_forward(
             k,
             v,
             out,
-            _or_none(rest),
             lse,
             part,
             part_stats,
@@ -135,12 +132,12 @@ def _run_forward(
         grid = (programs, chunks if split else 1)
         launching.launch(forward_kernel, grid, (*args, *numbers), constants | own, config)
         if split:
-            left = (out, _or_none(rest), lse, part, part_stats, *groups, heads, chunks, factor)
+            left = (out, lse, part, part_stats, *groups, heads, chunks, factor)
             shared = ("NUM_QUERIES", "GROUPED", "WIDE", "HEAD_DIM", "BLOCK_D")
             own = {name: constants[name] for name in shared} | {"LSE": need_backward}
             merge = launch.merge_config(config["BLOCK_M"])
             launching.launch(merge_kernel, (programs,), left, own, merge)
-        return out, rest, lse
+        return out, lse
 
     architecture = launching.architecture(q.device)
     configs = launch.FORWARD.configs(architecture, launch.key(q.dtype, head_dim))
@@ -152,8 +149,6 @@ def _run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    rest: Tensor,
     lse: Tensor,
     image_index: Tensor | None,
     visible: Tensor | None,
@@ -175,9 +170,11 @@ def _run_backward(
         from .backward import backward_keys_kernel, backward_rows_kernel
 
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        # Written and read only where several tiles look at an image.
+        delta = torch.empty_like(lse)
         groups, tiles = _group(q, images, image_index, config["BLOCK_M"])
         given = (visible, row_keys, dropout_key, tokens, heads)
-        args = (q, k, v, grad, out, _or_none(rest), lse, dq, dk, dv, *groups, *given, *numbers)
+        args = (q, k, v, grad, lse, delta, dq, dk, dv, *groups, *given, *numbers)
         launching.launch(backward_rows_kernel, (tiles * heads,), args, constants, config)
         if image_index is None and queries <= config["BLOCK_M"]:
             return dq, dk, dv
@@ -190,9 +187,8 @@ def _run_backward(
                 k,
                 v,
                 grad,
-                out,
-                _or_none(rest),
                 lse,
+                delta,
                 dk,
                 dv,
                 groups.order,
@@ -235,15 +231,9 @@ def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:
     return keep_scale(dropout), threshold(dropout), layer * LANES + int(Site.CROSS_ATTENTION)
 
 
-def _or_none(tensor: Tensor) -> Tensor | None:
-    """What a kernel gets for a tensor that may be empty, and then is not used."""
-    return tensor if tensor.numel() else None
-
-
-def _fake_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     need_backward = inputs[-1]
-    rest = q.new_empty(q.shape if need_backward and q.dtype != torch.float32 else 0)
-    return q.new_empty(q.shape), rest, q.new_empty(q.shape[:3] if need_backward else 0, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3] if need_backward else 0, dtype=torch.float32)
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -253,7 +243,7 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, scale, dropout, layer, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.save_for_backward(*tensors[:3], output[1], *tensors[3:])
     ctx.options = (scale, dropout, layer)
 
 
@@ -270,13 +260,13 @@ _OPTIONS = (
 )
 _forward = define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_backward)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     _run_forward,
     _fake_forward,
 )
 _backward = define(
-    "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor rest,"
-    f" Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

@@ -4,8 +4,12 @@ With P the probabilities, M the dropout mask with its scale, and G the gradient 
 
     dV = (P * M)^T G
     dP = (G V^T) * M
-    dS = P * (dP - rowsum(P * dP)) * scale        rowsum(P * dP) = rowsum(G * out)
+    dS = P * (dP - delta) * scale                 delta = rowsum(P * dP)
     dQ = dS K,  dK = dS^T Q
+
+delta is summed from the very numbers it is subtracted from; by blocks, in a first sweep over the keys. That it
+equals rowsum(G * out) is true of exact numbers only: out was summed from rounded probabilities, and where a row
+sees few keys their rounding would be all that is left of the difference.
 
 Every element of dQ, dK and dV belongs to one program, which sums it in a fixed order: no atomics.
 """
@@ -151,18 +155,32 @@ def backward_tile_kernel(
 
 
 @triton.jit
-def _exact_out(out_ptr, rest_ptr, rows, there, head, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of out as they were before they were rounded, float32."""
-    stride, offset = heads * HEAD_DIM, head * HEAD_DIM
-    out = load_tile(out_ptr, rows, there, stride, offset, HEAD_DIM, BLOCK_D).to(tl.float32)
-    if rest_ptr is not None:
-        out += load_tile(rest_ptr, rows, there, stride, offset, HEAD_DIM, BLOCK_D).to(tl.float32)
-    return out
+def _probs(
+    m, m_key, q, grad, lse, n, n_key, n_real, k, v, start,
+    sample, head, q_queries, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
+    scale_log2, keep_scale, level, place,
+    TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Probabilities [M, N] of the block of attended rows at `start`, the same after dropout, their gradient."""
+    allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
+    d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    dropped = probs
+    if DROPOUT:
+        keep = keep_at(
+            start, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
+            level, place, TEXT, WIDE, BLOCK_N,
+        )  # fmt: skip
+        dropped = tl.where(keep, probs * keep_scale, 0.0)
+        d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
+    return probs, dropped, d_probs
 
 
 @triton.jit
 def _d_rows(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
     sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -177,27 +195,37 @@ def _d_rows(
     m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
     q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
     grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)  # [M, D]
-    out = _exact_out(out_ptr, rest_ptr, m_rows, m_there, head, heads, HEAD_DIM, BLOCK_D)  # [M, D]
-    delta = tl.sum(grad.to(tl.float32) * out, 1)
     lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, extent(sample, kv_queries, kv_offsets_ptr, TEXT), BLOCK_N):
+    columns = extent(sample, kv_queries, kv_offsets_ptr, TEXT)
+    delta = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, columns, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
         n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
         n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
-        allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
         k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
-        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
-        d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
-        if DROPOUT:
-            keep = keep_at(
-                start, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
-                dropout_key_ptr, level, place, TEXT, WIDE, BLOCK_N,
-            )  # fmt: skip
-            d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
+        probs, _, d_probs = _probs(
+            m, m_key, q, grad, lse, n, n_key, n_real, k, v, start,
+            sample, head, q_queries, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
+            scale_log2, keep_scale, level, place, TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, BLOCK_N,
+        )  # fmt: skip
+        delta += tl.sum(probs * d_probs, 1)
+    tl.store(delta_ptr + m_rows * heads + head, delta, mask=m_there)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
+        n_real = real_at(n, sample, kv_queries, lengths_ptr, TEXT)
+        n_key = tl.load(kv_keys_ptr + n_rows, mask=n_there, other=0)
+        k = load_tile(k_ptr, n_rows, n_real, k_row, head * k_head, HEAD_DIM, BLOCK_D)  # [N, D]
+        v = load_tile(v_ptr, n_rows, n_real, v_row, head * v_head, HEAD_DIM, BLOCK_D)  # [N, D]
+        probs, _, d_probs = _probs(
+            m, m_key, q, grad, lse, n, n_key, n_real, k, v, start,
+            sample, head, q_queries, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
+            scale_log2, keep_scale, level, place, TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, BLOCK_N,
+        )  # fmt: skip
         high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
         dq = split_dot(high, low, k, dq, PRECISION)
     store_tile(dq_ptr, dq, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
@@ -205,7 +233,7 @@ def _d_rows(
 
 @triton.jit
 def _d_keys(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
     sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
     q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -229,21 +257,13 @@ def _d_keys(
         m_key = tl.load(q_keys_ptr + m_rows, mask=m_there, other=0)
         q = load_tile(q_ptr, m_rows, m_there, q_row, head * q_head, HEAD_DIM, BLOCK_D)  # [M, D]
         grad = load_tile(grad_ptr, m_rows, m_there, grad_row, head * grad_head, HEAD_DIM, BLOCK_D)
-        out = _exact_out(out_ptr, rest_ptr, m_rows, m_there, head, heads, HEAD_DIM, BLOCK_D)  # [M, D]
-        delta = tl.sum(grad.to(tl.float32) * out, 1)
         lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
-        allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
-        probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
-        d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [M, N]
-        dropped = probs
-        if DROPOUT:
-            keep = keep_at(
-                block * BLOCK_N, m_key, sample, head, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr,
-                dropout_key_ptr, level, place, TEXT, WIDE, BLOCK_N,
-            )  # fmt: skip
-            dropped = tl.where(keep, probs * keep_scale, 0.0)
-            d_probs = tl.where(keep, d_probs * keep_scale, 0.0)
+        delta = tl.load(delta_ptr + m_rows * heads + head, mask=m_there, other=0.0)
+        probs, dropped, d_probs = _probs(
+            m, m_key, q, grad, lse, n, n_key, n_real, k, v, block * BLOCK_N,
+            sample, head, q_queries, kv_queries, kv_start, kv_offsets_ptr, kv_keys_ptr, dropout_key_ptr,
+            scale_log2, keep_scale, level, place, TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, BLOCK_N,
+        )  # fmt: skip
         dv = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, dv, input_precision=PRECISION)
         high, low = split(probs * (d_probs - delta[:, None]) * scale, q.dtype)
         dk = split_dot(tl.trans(high), tl.trans(low), q, dk, PRECISION)
@@ -258,7 +278,7 @@ def _d_keys(
     ]
 )  # fmt: skip
 def backward_rows_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
     text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
     heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
@@ -271,8 +291,8 @@ def backward_rows_kernel(
     """Masked self-attention of samples of any length, backward: dq.
 
     Grid: (samples * heads, blocks of attending rows: those of the joint part, then of the unimodal text). A
-    program owns dq of one block of one sample and head, and loops over the keys and values of its part, with
-    the forward's log2-sum-exp2 and rowsum(grad * out).
+    program owns dq and delta of one block of one sample and head, and loops over the keys and values of its
+    part twice, with the forward's log2-sum-exp2.
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -282,7 +302,7 @@ def backward_rows_kernel(
     if JOINT:
         if block < joint_blocks:
             _d_rows(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
                 q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -292,7 +312,7 @@ def backward_rows_kernel(
     if UNIMODAL:
         if block >= joint_blocks:
             _d_rows(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, q_keys_ptr, kv_keys_ptr,
                 text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -308,7 +328,7 @@ def backward_rows_kernel(
     ]
 )  # fmt: skip
 def backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
     text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
     heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
@@ -321,7 +341,8 @@ def backward_keys_kernel(
     """Masked self-attention of samples of any length, backward: dk and dv.
 
     Grid: (samples * heads, blocks of attended rows: those of the joint part, then of the unimodal text). A
-    program owns dk and dv of one block of one sample and head, and loops over the rows of its part.
+    program owns dk and dv of one block of one sample and head, and loops over the rows of its part, with the
+    delta that `backward_rows_kernel` left.
     """
     sample = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -331,7 +352,7 @@ def backward_keys_kernel(
     if JOINT:
         if block < joint_blocks:
             _d_keys(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
                 q_keys_ptr, kv_keys_ptr, q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
@@ -341,7 +362,7 @@ def backward_keys_kernel(
     if UNIMODAL:
         if block >= joint_blocks:
             _d_keys(
-                q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, rest_ptr, lse_ptr, dk_ptr, dv_ptr,
+                q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
                 q_keys_ptr, kv_keys_ptr,
                 text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,

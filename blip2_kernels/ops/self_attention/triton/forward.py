@@ -3,13 +3,12 @@
 import triton
 import triton.language as tl
 
-from ...triton_primitives import rounding_rest
 from .tile import allowed_at, extent, keep_at, load_tile, real_at, rows_at, store_tile
 
 
 @triton.jit
 def _part(
-    q_ptr, k_ptr, v_ptr, out_ptr, rest_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
     sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
     q_row, q_head, k_row, k_head, v_row, v_head,
@@ -60,9 +59,6 @@ def _part(
     share = tl.where(seen, keep_scale / tl.where(seen, total, 1.0), 0.0)
     out = acc * share[:, None]
     store_tile(out_ptr, out, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    if rest_ptr is not None:
-        rest = rounding_rest(out, out_ptr)
-        store_tile(rest_ptr, rest, m_rows, m_there, heads * HEAD_DIM, head * HEAD_DIM, HEAD_DIM, BLOCK_D)
     if lse_ptr is not None:
         lse = tl.where(seen, largest + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
         tl.store(lse_ptr + m_rows * heads + head, lse, mask=m_there)
@@ -75,7 +71,7 @@ def _part(
     ]
 )  # fmt: skip
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, rest_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
     q_offsets_ptr, kv_offsets_ptr, lengths_ptr,
     text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
     heads, joint_blocks, q_queries, kv_queries, q_start, kv_start, text_q_start, text_kv_start,
@@ -92,8 +88,8 @@ def forward_kernel(
     Grid: (samples * heads, blocks of attending rows: those of the joint part, then of the unimodal text).
     A program owns one block of output rows of one sample and head. It reads those rows of q and all rows of
     k and v that its part of the sample has, once; with ONE_TILE these are a single tile and the loop is gone.
-    It writes the rows of out and, unless ONE_TILE, what their rounding leaves (where there is a rest_ptr) and
-    their log2-sum-exp2 (inf for a row that sees nothing).
+    It writes the rows of out and, where there is an lse_ptr, their log2-sum-exp2 (inf for a row that sees
+    nothing).
 
     Strides are in elements, of a row and of a head; the last dimension is contiguous, and out wholly so.
     """
@@ -105,7 +101,7 @@ def forward_kernel(
     if JOINT:
         if block < joint_blocks:
             _part(
-                q_ptr, k_ptr, v_ptr, out_ptr, rest_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
                 q_offsets_ptr, kv_offsets_ptr, lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block, q_queries, kv_queries, q_start, kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head,
@@ -115,7 +111,7 @@ def forward_kernel(
     if UNIMODAL:
         if block >= joint_blocks:
             _part(
-                q_ptr, k_ptr, v_ptr, out_ptr, rest_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_keys_ptr, kv_keys_ptr,
                 text_q_offsets_ptr, text_kv_offsets_ptr, text_lengths_ptr, dropout_key_ptr,
                 sample, head, heads, block - joint_blocks, 0, 0, text_q_start, text_kv_start,
                 q_row, q_head, k_row, k_head, v_row, v_head,

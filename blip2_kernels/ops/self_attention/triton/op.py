@@ -194,23 +194,23 @@ def _configs(plan: _Plan, table: launching.LaunchTable, q: Tensor) -> tuple[laun
     return table.configs(launching.architecture(q.device), launch.block_key(q.dtype, q.shape[2]))
 
 
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor]:
     rows, key, sizes, scale, dropout, layer = _unflatten(layout_and_options)
     heads, head_dim = q.shape[1:]
     kind = (q.dtype, head_dim, key is not None, launching.wide(q, k, v), launching.input_precision(q.dtype))
     plan = _plan(sizes.shape(), *kind, False)
     numbers = (*sizes.places(), *launching.strides(q, k, v), scale * LOG2_E, *_dropout(dropout, layer))
 
-    def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
+    def run(config: launching.Config) -> tuple[Tensor, Tensor]:
         from .forward import forward_kernel
 
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rest, lse = _kept(q, sizes, plan.tile is not None)
+        lse = _kept(q, sizes, plan.tile is not None)
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
-        args = (q, k, v, out, _or_none(rest), _or_none(lse), *rows, key, heads, joint, *numbers)
+        args = (q, k, v, out, _or_none(lse), *rows, key, heads, joint, *numbers)
         launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, plan.constants, config)
-        return out, rest, lse
+        return out, lse
 
     configs = _configs(plan, launch.FORWARD, q)
     return launching.first_that_fits("self_attention", q.device, configs, run)
@@ -221,8 +221,6 @@ def _run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    rest: Tensor,
     lse: Tensor,
     *layout_and_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,7 +244,7 @@ def _run_backward(
             parts = plan.constants["JOINT"] + plan.constants["UNIMODAL"]
             launching.launch(backward_tile_kernel, (programs, parts), args, plan.constants, config)
             return dq, dk, dv
-        inputs = (q, k, v, grad, out, _or_none(rest), lse)
+        inputs = (q, k, v, grad, lse, torch.empty_like(lse))
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
         args = (*inputs, dq, *rows, key, heads, joint, *numbers)
@@ -264,11 +262,10 @@ def _run_backward(
     return launching.first_that_fits("self_attention_backward", q.device, configs, run)
 
 
-def _kept(q: Tensor, sizes: Sizes, one_tile: bool) -> tuple[Tensor, Tensor]:
-    """What the forward of several blocks leaves for the backward: out's rounding rest, log2-sum-exp2."""
+def _kept(q: Tensor, sizes: Sizes, one_tile: bool) -> Tensor:
+    """What the forward of several blocks leaves for the backward: log2-sum-exp2 of each row and head."""
     kept = not one_tile and bool(sizes.need_backward)
-    rest = q.new_empty(q.shape if kept and q.dtype != torch.float32 else 0)
-    return rest, q.new_empty(q.shape[:2] if kept else 0, dtype=torch.float32)
+    return q.new_empty(q.shape[:2] if kept else 0, dtype=torch.float32)
 
 
 def _unflatten(flat: tuple) -> tuple[Rows, Tensor | None, Sizes, float, float, int]:
@@ -292,21 +289,19 @@ def _or_none(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     sizes = Sizes(*flat[9])
-    return q.new_empty(q.shape), *_kept(q, sizes, sizes.one_tile(q.dtype, q.shape[2]))
+    return q.new_empty(q.shape), _kept(q, sizes, sizes.one_tile(q.dtype, q.shape[2]))
 
 
 def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, *tensors, sizes, scale, dropout, layer = inputs
-    out, rest, lse = output
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, sizes, scale, dropout, layer = inputs
     ctx.set_materialize_grads(False)
-    # One tile computes its softmax again and needs neither output.
-    ctx.save_for_backward(q, k, v, out if lse.numel() else lse, rest, lse, *tensors)
+    ctx.save_for_backward(*tensors[:3], output[1], *tensors[3:])
     ctx.options = (sizes, scale, dropout, layer)
 
 
@@ -318,13 +313,13 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
 
 
 _forward = define(
-    f"self_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    f"self_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)",
     _run_forward,
     _fake_forward,
 )
 _backward = define(
-    "self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor rest,"
-    f" Tensor lse, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    f"self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, {_LAYOUT})"
+    " -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
