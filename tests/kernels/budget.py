@@ -209,9 +209,8 @@ def _self(kind: tuple[str, str], rows: int, dropout: float, backward: bool) -> N
     if not backward:
         self_op._run_forward(q, k, v, *layout)
         return
-    grad = out = torch.empty(q.shape, dtype=dtype)
-    rest = out if dtype != torch.float32 else out.new_empty(0)
-    self_op._run_backward(grad, q, k, v, out, rest, torch.empty(q.shape[:2]), *layout)
+    grad = torch.empty(q.shape, dtype=dtype)
+    self_op._run_backward(grad, q, k, v, torch.empty(q.shape[:2]), *layout)
 
 
 def _cross_tensors(kind: tuple[str, str], dropout: float, grouped: bool, tokens: int) -> tuple:
@@ -236,9 +235,7 @@ def _cross_forward(kind: tuple[str, str], dropout: float, chunks: str) -> None:
 
 def _cross_backward(kind: tuple[str, str], dropout: float, grouped: bool) -> None:
     q, *given = _cross_tensors(kind, dropout, grouped, 257)
-    grad = out = torch.empty_like(q)
-    rest = out if q.dtype != torch.float32 else out.new_empty(0)
-    cross_op._run_backward(grad, q, *given[:2], out, rest, torch.empty(q.shape[:3]), *given[2:])
+    cross_op._run_backward(torch.empty_like(q), q, *given[:2], torch.empty(q.shape[:3]), *given[2:])
 
 
 # -------------------------------------------------------------------------------------------------- measuring

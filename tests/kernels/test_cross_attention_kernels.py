@@ -283,8 +283,8 @@ def test_opcheck(memory, visible):
     options = (case.options()["image_index"], seen, names, torch.tensor(3), 0.25, 0.1, 2)
     torch.library.opcheck(torch.ops.blip2_kernels.cross_attention, (q, k, v, *options, True))
     with torch.no_grad():
-        kept = torch.ops.blip2_kernels.cross_attention(q, k, v, *options, True)
-    args = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), *kept, *options)
+        _, lse = torch.ops.blip2_kernels.cross_attention(q, k, v, *options, True)
+    args = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), lse, *options)
     torch.library.opcheck(torch.ops.blip2_kernels.cross_attention_backward, args)
 
 

@@ -104,8 +104,8 @@ def run_self(
     key = torch.tensor(1) if case.dropout else None
     scale = case.scale or 0.125
     options = (*rows, key, list(sizes._replace(**(places or {}))), scale, case.dropout, layer)
-    kept = torch.ops.blip2_kernels.self_attention(q, k, v, *options)
-    torch.ops.blip2_kernels.self_attention_backward(torch.empty_like(kept[0]), q, k, v, *kept, *options)
+    out, lse = torch.ops.blip2_kernels.self_attention(q, k, v, *options)
+    torch.ops.blip2_kernels.self_attention_backward(torch.empty_like(out), q, k, v, lse, *options)
 
 
 def run_cross(case: CrossCase, *, layer: int = 7, change: Callable | None = None) -> None:
@@ -121,8 +121,8 @@ def run_cross(case: CrossCase, *, layer: int = 7, change: Callable | None = None
     if case.dropout:
         key, row_keys = torch.tensor(1), torch.zeros(case.samples, case.num_queries, dtype=torch.int32)
     options = (given.get("image_index"), visible, row_keys, key, case.scale or 0.125, case.dropout, layer)
-    kept = torch.ops.blip2_kernels.cross_attention(q, k, v, *options, True)
-    torch.ops.blip2_kernels.cross_attention_backward(torch.empty_like(kept[0]), q, k, v, *kept, *options)
+    out, lse = torch.ops.blip2_kernels.cross_attention(q, k, v, *options, True)
+    torch.ops.blip2_kernels.cross_attention_backward(torch.empty_like(out), q, k, v, lse, *options)
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
