@@ -16,7 +16,8 @@ def error_flag(device: torch.device) -> Tensor:
     if device.type == "meta":
         return torch.zeros(1, dtype=torch.int32, device=device)  # nothing runs there
     if device not in _flags:
-        _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # else it could only be cleared in inference mode
+            _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device]
 
 
@@ -34,8 +35,9 @@ def check_device_errors(device: torch.device | str | None = None) -> None:
     Raises:
         IndexError: an `image_index` had values out of range; `validate=True` says which call it was.
     """
+    wanted = None if device is None else torch.empty(0, device=device).device  # "cuda" is the current one
     for found, flag in _flags.items():
-        if device is None or torch.device(device) == found:
+        if wanted is None or wanted == found:
             raise_if_set(found, int(flag.item()))
 
 
