@@ -11,6 +11,7 @@ from test_image_text_similarity_kernels import draw as draw_features
 from test_latent_attention_kernels import draw, draw_visibility
 from tolerances import assert_yardstick
 
+from blip2_kernels.device_errors import check_device_errors
 from blip2_kernels.mask import AttentionMask
 from blip2_kernels.ops import cross_attention, image_text_similarity, latent_attention, self_attention
 
@@ -226,3 +227,12 @@ def test_opcheck():
     torch.library.opcheck(operators.latent_attention, (q, features, index, mask, 0.25))
     image, text = (t.requires_grad_() for t in to_device(draw_features(3, 5, 4, 16)))
     torch.library.opcheck(operators.image_text_similarity, (image, text, True))
+
+
+def test_a_wrong_index_is_reported_for_a_device_without_a_number():
+    tensors, options = latent_case(LATENT[2], torch.float32)
+    check_device_errors()
+    latent(tensors, options | {"image_index": torch.full_like(options["image_index"], 99)})
+    with pytest.raises(IndexError, match="image_index"):
+        check_device_errors(DEVICE)
+    check_device_errors()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from on_gpu import captured, synchronisations
-from pretraining_cases import small_batch, small_config, small_model, some_negatives
+from pretraining_cases import small_batch, small_model, some_negatives
 from processes import clean_environment
 from test_captioning import SEARCHES
 from test_captioning import build as captioner
@@ -209,7 +209,10 @@ def distance(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("size", ["small", "small, dropout", "real", "stage 2"])
 def test_autocast_is_as_near_the_truth_as_the_plain_path(size, dtype):
-    """The yardstick: at most twice the plain path's distance from fp32, both in the same autocast."""
+    """The yardstick: at most twice the plain path's distance from fp32, both in the same autocast.
+
+    Over four draws of the images, since the rounding errors of one small batch may happen to cancel.
+    """
     case = {
         "small": lambda: stage1_case(torch.float32, 0.0),
         "small, dropout": lambda: stage1_case(torch.float32, 0.3),
@@ -217,24 +220,30 @@ def test_autocast_is_as_near_the_truth_as_the_plain_path(size, dtype):
         "stage 2": lambda: stage2_case(True, torch.float32, 0.0),
     }[size]
     model, inputs = on_device(case())
-    results = []
-    for use_fused, used in ((False, torch.float32), (False, dtype), (True, dtype)):
-        own = copy.deepcopy(model)
-        own.use_fused = use_fused
-        if used == torch.float32:
-            values, found = step(own, inputs)
-            results.append((values, {n: g for n, g in found.items() if g is not None}))
+    apart = {"plain": 0.0, "fused": 0.0}
+    worst = {"plain": {}, "fused": {}}
+    for draw in range(4):
+        generator = torch.Generator().manual_seed(draw)
+        features = torch.randn(inputs["image_features"].shape, generator=generator)
+        inputs["image_features"] = features.to(DEVICE)
+        truth, found = step(copy.deepcopy(model), inputs)
+        found = {name: gradient for name, gradient in found.items() if gradient is not None}
+        for path in apart:
+            own = copy.deepcopy(model)
+            own.use_fused = path == "fused"
+            values, gradients = autocast_step(own, inputs, dtype)
+            apart[path] += distance(gradients, found) / 4
+            for name, value in values.items():
+                scale = max(1.0, float(truth[name].abs().max()))
+                error = max_error(value, truth[name]) / scale
+                worst[path][name] = max(worst[path].get(name, 0.0), error)
+    print(apart, worst)
+    assert apart["fused"] <= 2 * apart["plain"] + 1e-3
+    for name, error in worst["fused"].items():
+        if "loss" in name:  # a mean, whose rounding errors may cancel by luck: a bound of its own
+            assert error <= 0.05, name
         else:
-            results.append(autocast_step(own, inputs, used))
-    (truth, true_gradients), (plain, plain_gradients), (fused, fused_gradients) = results
-    assert distance(fused_gradients, true_gradients) <= 2 * distance(plain_gradients, true_gradients) + 1e-3
-    for name, value in fused.items():
-        scale = max(1.0, float(truth[name].abs().max()))
-        if value.dim():
-            bound = 2 * max_error(plain[name], truth[name].float()) + FLOOR[dtype] * scale
-            assert max_error(value, truth[name].float()) <= bound, name
-        else:  # rounding errors of a mean may cancel by luck: a bound of its own
-            assert torch.isfinite(value) and max_error(value, truth[name].float()) <= 0.05 * scale, name
+            assert error <= 2 * worst["plain"][name] + FLOOR[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -382,6 +391,7 @@ def test_stage_1_in_static_shapes_in_a_cuda_graph():
         return output.loss.detach(), [g for g in found if g is not None]
 
     graph, (loss, found) = captured(run)
+    graph.replay()
     first = float(loss)
     other = moved(small_batch(4, seed=3))
     for name, value in other.items():
@@ -448,7 +458,7 @@ def test_a_layer_that_is_called_whole():
 
 def test_a_checkpoint_of_a_gpu_s_weights_is_read_on_a_cpu_and_back(tmp_path):
     model = moved(small_model())
-    save_checkpoint(tmp_path / "one", model.state_dict(), config=small_config().to_dict())
+    save_checkpoint(tmp_path / "one", model.state_dict(), config={})
     other = small_model(seed=7)
     load_into(other, load_checkpoint(tmp_path / "one").state)
     for name, value in other.state_dict().items():
@@ -513,14 +523,12 @@ from blip2_kernels.model import distributed
 
 backend, device, store = sys.argv[1:]
 dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
-distributed.get_world_size = lambda: 1
 x = torch.randn(3, 5, device=device, requires_grad=True)
 out = distributed._AllGather.apply(x * 2)
 weight = torch.randn_like(out)
 (grad,) = torch.autograd.grad(out, x, weight)
 assert torch.equal(out, x * 2) and torch.equal(grad, 2 * weight)
-# As with several ranks: gathered and reduced, not handed back.
-distributed.get_world_size = lambda: 1 + (sys._getframe(1).f_code.co_name in ("all_gather", "global_sum"))
+distributed.get_world_size = lambda: 2  # so that it reduces and does not hand back
 total = distributed.global_sum(torch.ones(2, device=device))
 assert total.tolist() == [1.0, 1.0]
 distributed.end_process_group()
