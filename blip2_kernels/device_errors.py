@@ -35,9 +35,9 @@ def check_device_errors(device: torch.device | str | None = None) -> None:
     Raises:
         IndexError: an `image_index` had values out of range; `validate=True` says which call it was.
     """
-    wanted = None if device is None else torch.empty(0, device=device).device  # "cuda" is the current one
     for found, flag in _flags.items():
-        if wanted is None or wanted == found:
+        wanted = found if device is None else torch.device(device)  # "cuda" is every one of them
+        if wanted.type == found.type and wanted.index in (None, found.index):
             raise_if_set(found, int(flag.item()))
 
 
