@@ -208,11 +208,11 @@ def test_static_shapes_in_a_cuda_graph_replayed_on_other_inputs(sizes, absorbed)
 def test_a_pass_with_its_backward_in_a_cuda_graph():
     model = qformer(SMALL)
     encoder, tensors = FusedEncoder(model), inputs(SMALL)
-    parameters = list(model.parameters())
+    parameters, mask = list(model.parameters()), text_mask()
 
     def run():
         queries, text, features = tensors
-        layout = TokenLayout.from_attention_masks(5, [text_mask()], padded=True)
+        layout = TokenLayout.from_attention_masks(5, [mask], padded=True)
         images = encoder.project_images(features)
         out = encode(encoder, queries, [text], layout, AttentionMask((B,)), images).rows
         found = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
@@ -256,10 +256,10 @@ def test_the_host_waits_once_for_a_packed_pass_and_never_for_a_padded_one(padded
     rates = dict(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     model, image_norm = qformer(SMALL, **rates).train(), norm().to(DEVICE, torch.float32)
     queries, text, features = inputs(SMALL)
-    encoder = FusedEncoder(model)
+    encoder, mask = FusedEncoder(model), text_mask()
 
     def run():
-        layout = TokenLayout.from_attention_masks(5, [text_mask()], padded=padded)
+        layout = TokenLayout.from_attention_masks(5, [mask], padded=padded)
         images = encoder.project_images(features, norm=image_norm)
         out = encode(encoder, queries, [text], layout, AttentionMask((B,)), images, keep_texts=("none",))
         out.rows.sum().backward()

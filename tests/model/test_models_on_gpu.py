@@ -15,7 +15,6 @@ from test_captioning import build as captioner
 from test_retrieval import build as retriever
 from test_retrieval import inputs as retrieval_inputs
 from test_savings import SETTINGS, VIDEO_TOKENS, assert_same_step, stage1_case, stage2_case, step
-from test_train import samples, toy, weights
 from tolerances import FLOOR, WHOLE_MODEL, assert_same_gradients, max_error
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
@@ -41,6 +40,10 @@ def moved(value, device=DEVICE):
     if isinstance(value, tuple | list):
         return type(value)(moved(item, device) for item in value)
     return value.to(device) if isinstance(value, Tensor | nn.Module) else value
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
 
 
 def on_device(case):
@@ -500,6 +503,8 @@ def test_training_in_bf16_and_with_dropout(tmp_path):
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path):
     pytest.importorskip("accelerate")
+    from test_train import samples, toy
+
     options = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "progress": False, "device": DEVICE}
     whole = toy()
     expected = train(whole, samples(), **options)
