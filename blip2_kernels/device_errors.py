@@ -16,7 +16,8 @@ def error_flag(device: torch.device) -> Tensor:
     if device.type == "meta":
         return torch.zeros(1, dtype=torch.int32, device=device)  # nothing runs there
     if device not in _flags:
-        _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # else it could only be cleared in inference mode
+            _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device]
 
 
@@ -35,7 +36,8 @@ def check_device_errors(device: torch.device | str | None = None) -> None:
         IndexError: an `image_index` had values out of range; `validate=True` says which call it was.
     """
     for found, flag in _flags.items():
-        if device is None or torch.device(device) == found:
+        wanted = found if device is None else torch.device(device)  # "cuda" is every one of them
+        if wanted.type == found.type and wanted.index in (None, found.index):
             raise_if_set(found, int(flag.item()))
 
 

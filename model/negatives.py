@@ -72,7 +72,11 @@ def _draw(sim: Tensor, positives: Tensor, generator: torch.Generator | None) -> 
     # similarities have become NaN draw evenly, so that the loss reports the NaN and not the sampler.
     usable = weights.isfinite().all(dim=1, keepdim=True)
     evenly = torch.where(positives.all(dim=1, keepdim=True), 1.0, (~positives).float())
-    drawn = torch.multinomial(torch.where(usable, weights, evenly), 1, generator=generator)[:, 0]
+    weights = torch.where(usable, weights, evenly)
+    # As torch.multinomial draws one of each row, to the bit: the first to arrive of exponential times. But it
+    # reads on the host, in some versions, whether its weights are sound, which these are.
+    arrivals = torch.empty_like(weights).exponential_(generator=generator)
+    drawn = (weights / arrivals).argmax(dim=1)
     return drawn.masked_fill(positives.all(dim=1), NO_NEGATIVE)
 
 

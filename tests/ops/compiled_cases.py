@@ -28,9 +28,8 @@ def with_gradients(function, tensors, dtype=None):
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
     generator = torch.Generator().manual_seed(out.numel())
-    grad = (
-        torch.randn(out.shape, dtype=torch.float64, generator=generator).to(dtype or out.dtype).to(out.dtype)
-    )
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    grad = grad.to(out.device, dtype or out.dtype).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)]
 
 
@@ -46,6 +45,6 @@ def compare(names, compiled, plain, tensors):
 def strided(tensor):
     """The same values, rows apart and off the start of their storage."""
     rows, width = tensor.shape
-    room = torch.full((rows + 2, width + 5), float("nan"), dtype=tensor.dtype)
+    room = tensor.new_full((rows + 2, width + 5), float("nan"))
     room[1:-1, 3:-2] = tensor
     return room[1:-1, 3:-2]
