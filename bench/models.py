@@ -6,10 +6,11 @@
     python bench/models.py --warm --only queries-1  fills the caches of compilers, times nothing
     python bench/models.py --device cpu --tiny      all of it, small: a test of the script
 
-BERT-base Q-Former (12 layers, 768 channels), 32 queries, image width 1408, random weights. Inference in bfloat16,
-training steps under bfloat16 autocast with dropout 0.1 unless the case says otherwise. Before it is timed a peer's
-result is compared with the plain model's in higher precision: its error may be twice the plain model's in the
-same precision and 1e-3 of the largest value more. Steps are compared without dropout, losses and gradients.
+BERT-base Q-Former (12 layers, 768 channels), 32 queries, image width 1408, random weights. Inference in
+bfloat16, training steps under bfloat16 autocast with dropout 0.1 unless the case says otherwise. Before it is
+timed a peer's result is compared with the plain model's in higher precision: its error may be twice that of the
+plain model in the same precision, and 1e-3 of the largest value more. A peer that does not agree is timed all
+the same, and marked. Steps are compared without dropout, losses and gradients, by their Euclidean norms.
 """
 
 import argparse
@@ -56,14 +57,12 @@ class Setting:
     Attributes:
         device: "cuda" or "cpu".
         tiny: small models and batches.
-        compiled: peers of torch.compile take part.
-        autotune: also those of its mode "max-autotune".
+        autotune: peers of torch.compile's mode "max-autotune" take part.
         capture_steps: training steps are captured in CUDA graphs.
     """
 
     device: str
     tiny: bool
-    compiled: bool
     autotune: bool
     capture_steps: bool
 
@@ -175,7 +174,7 @@ def without_gradients(call: Callable[..., Tensor], *args: Any, mode=torch.infere
 
 
 def compiled(call: Callable[..., Tensor], *args: Any, **options: Any) -> measure.Call:
-    """A compiled call without gradients; `mode="reduce-overhead"` makes its result valid until the next one."""
+    """A compiled call without gradients. In mode "reduce-overhead" its result is valid until the next one."""
     made = torch.compile(call, dynamic=False, **options)
 
     def run() -> Tensor:
@@ -189,7 +188,7 @@ def compiled(call: Callable[..., Tensor], *args: Any, **options: Any) -> measure
 # ------------------------------------------------------------------------------------------------ query-only
 
 
-def queries(batch: int, tokens: int, compiles: bool, fp32: bool, setting: Setting) -> Case:
+def queries(batch: int, tokens: int, setting: Setting, *, compiles: bool = False, fp32: bool = False) -> Case:
     """Queries that read images, without text."""
     batch, tokens = setting.few(batch, 3), setting.few(tokens, 17)
     torch.manual_seed(0)
@@ -228,18 +227,19 @@ def queries(batch: int, tokens: int, compiles: bool, fp32: bool, setting: Settin
         return [without_gradients(read, model, features) for features in sets]
 
     peers = {
-        "transformers eager": Peer(each(eager), captured=True, host=True),
         "transformers sdpa": Peer(each(sdpa), captured=True, host=True),
         OURS: Peer(each(fused), captured=True, host=True),
         "ours, prepared": Peer(each(prepared), captured=True, host=True),
     }
+    if not compiles:
+        peers = {"transformers eager": Peer(each(eager), captured=True, host=True), **peers}
     if device == "cuda":
-        replay = Replay(without_gradients(read, prepared, sets[0]))
-        peers["ours, prepared, graph"] = Peer([replay], host=True, counted=False)
         replay = Replay(without_gradients(read, sdpa, sets[0]))
         peers["transformers sdpa, graph"] = Peer([replay], counted=False)
-    if compiles and setting.compiled:
-        modes = {"transformers sdpa, compiled": {}}
+        replay = Replay(without_gradients(read, prepared, sets[0]))
+        peers["ours, prepared, graph"] = Peer([replay], host=True, counted=False)
+    if compiles:
+        modes: dict[str, dict[str, str]] = {"transformers sdpa, compiled": {}}
         if device == "cuda":
             modes["transformers sdpa, reduce-overhead"] = {"mode": "reduce-overhead"}
             if setting.autotune:
@@ -264,7 +264,7 @@ def queries(batch: int, tokens: int, compiles: bool, fp32: bool, setting: Settin
 # --------------------------------------------------------------------------------------------------- stage 1
 
 
-def stage1(batch: int, tokens: int, compiles: bool, setting: Setting) -> Case:
+def stage1(batch: int, tokens: int, setting: Setting, *, compiles: bool = False) -> Case:
     """A training step of stage 1, forward and backward, negatives given."""
     batch, tokens = setting.few(batch, 4), setting.few(tokens, 17)
     device = setting.device
@@ -278,7 +278,9 @@ def stage1(batch: int, tokens: int, compiles: bool, setting: Setting) -> Case:
 
     Loss = Callable[[], tuple[Tensor, Sequence[Tensor]]]
 
-    def of_model(use_fused: bool, mask: Tensor | None = None, given: bool = True, static: bool = False) -> Loss:
+    def of_model(
+        use_fused: bool, mask: Tensor | None = None, given: bool = True, static: bool = False
+    ) -> Loss:
         def loss() -> tuple[Tensor, Sequence[Tensor]]:
             model.use_fused = use_fused
             model.qformer.fused_encoder.force(packed_text=False if static else None)
@@ -341,19 +343,21 @@ def stage1(batch: int, tokens: int, compiles: bool, setting: Setting) -> Case:
 
     graphs = {"captured": setting.capture_steps}
     peers = {
-        "published, eager": peer(of_published(published["eager"].step), host=True, **graphs),
         "published, sdpa": peer(of_published(published["sdpa"].step), host=True, **graphs),
         OURS: peer(of_model(True), host=True),
-        "ours, mask on the host": peer(of_model(True, host_mask), host=True),
-        "ours, static shapes": peer(of_model(True, static=True), host=True, **graphs),
-        "ours, negatives drawn": peer(of_model(True, host_mask, given=False), unchecked=True),
     }
-    if compiles and setting.compiled:
-        # Checked in training's own code: another graph for `eval` would double the time to compile.
+    if compiles:
+        # Not compared: without dropout it would be another graph, and twice the time to compile.
         forward = torch.compile(published["sdpa"].step, dynamic=False)
-        peers["published, sdpa, compiled"] = peer(
-            of_published(forward), unchecked=True, host=True, counted=False
-        )
+        loss = of_published(forward)
+        peers["published, sdpa, compiled"] = peer(loss, unchecked=True, host=True, counted=False)
+    else:
+        peers |= {
+            "published, eager": peer(of_published(published["eager"].step), host=True, **graphs),
+            "ours, mask on the host": peer(of_model(True, host_mask), host=True),
+            "ours, static shapes": peer(of_model(True, static=True), host=True, **graphs),
+            "ours, negatives drawn": peer(of_model(True, host_mask, given=False), unchecked=True),
+        }
     plain = of_model(False)
     return Case(
         peers,
@@ -368,7 +372,7 @@ def stage1(batch: int, tokens: int, compiles: bool, setting: Setting) -> Case:
 # ------------------------------------------------------------------------------------------------- re-ranking
 
 
-def rerank(samples: int, compiles: bool, setting: Setting) -> Case:
+def rerank(samples: int, setting: Setting, *, compiles: bool = False) -> Case:
     """One image and the texts that might describe it: logits of matching."""
     samples, tokens = setting.few(samples, 5), setting.few(257, 17)
     model = setting.pretraining(0.0, BF16).eval()
@@ -392,21 +396,21 @@ def rerank(samples: int, compiles: bool, setting: Setting) -> Case:
     def plain(some: Blip2ForPreTraining) -> measure.Call:
         return without_gradients(score, some, False, text)
 
+    def each(call: Callable[..., Tensor], *given: Any, captured: bool = True) -> Peer:
+        return Peer([without_gradients(call, *given)], captured=captured, host=True)
+
     peers = {
-        "published, eager": Peer(
-            [without_gradients(repeat, published["eager"])], captured=True, host=True
-        ),
-        "published, sdpa": Peer([without_gradients(repeat, published["sdpa"])], captured=True, host=True),
-        OURS: Peer([without_gradients(score, model, True, text)], host=True),
-        "ours, mask on the host": Peer([without_gradients(score, model, True, on_host)], host=True),
-        "ours, static shapes": Peer(
-            [without_gradients(score, static, True, text)], captured=True, host=True
-        ),
+        "published, sdpa": each(repeat, published["sdpa"]),
+        OURS: each(score, model, True, text, captured=False),
+        "ours, static shapes": each(score, static, True, text),
     }
     if setting.device == "cuda":
         replay = Replay(without_gradients(score, static, True, text))
         peers["ours, static shapes, graph"] = Peer([replay], host=True, counted=False)
-    if compiles and setting.compiled:
+    if not compiles:
+        peers["published, eager"] = each(repeat, published["eager"])
+        peers["ours, mask on the host"] = each(score, model, True, on_host, captured=False)
+    else:
         call = compiled(partial(repeat, published["sdpa"]))
         peers["published, sdpa, compiled"] = Peer([call], captured=True, host=True, counted=False)
         if setting.device == "cuda":
@@ -481,7 +485,7 @@ def captioning(setting: Setting) -> Case:
 
 def generation(setting: Setting) -> Case:
     """Greedy captions of 20 tokens, and the soft prompt's part of the time."""
-    model = captioner(setting).eval().to(BF16)
+    model = captioner(setting).eval().to(BF16).requires_grad_(False)
     features = setting.features(setting.few(8, 2), setting.few(257, 17), BF16)
 
     def prompt(use_fused: bool) -> Tensor:
@@ -510,21 +514,27 @@ def generation(setting: Setting) -> Case:
 
 
 CASES: dict[str, Callable[[Setting], Case]] = {
-    "queries-1": partial(queries, 1, 257, True, False),
-    "queries-8": partial(queries, 8, 257, False, False),
-    "queries-64": partial(queries, 64, 257, True, True),
-    "stage1-100": partial(stage1, 100, 257, True),
-    "rerank-1x32": partial(rerank, 32, True),
-    "stage1-16": partial(stage1, 16, 257, False),
-    "stage1-32-677": partial(stage1, 32, 677, False),
-    "queries-64-677": partial(queries, 64, 677, False, False),
-    "queries-512": partial(queries, 512, 257, False, False),
-    "queries-8-677": partial(queries, 8, 677, False, False),
-    "rerank-1x256": partial(rerank, 256, False),
+    "queries-1": partial(queries, 1, 257),
+    "queries-64": partial(queries, 64, 257, fp32=True),
+    "stage1-100": partial(stage1, 100, 257),
+    "rerank-1x32": partial(rerank, 32),
+    "queries-8": partial(queries, 8, 257),
+    "stage1-16": partial(stage1, 16, 257),
+    "stage1-32-677": partial(stage1, 32, 677),
+    "queries-512": partial(queries, 512, 257),
+    "queries-64-677": partial(queries, 64, 677),
+    "queries-8-677": partial(queries, 8, 677),
+    "rerank-1x256": partial(rerank, 256),
     "captioning": captioning,
     "generation": generation,
+    "queries-1-compiled": partial(queries, 1, 257, compiles=True),
+    "queries-64-compiled": partial(queries, 64, 257, compiles=True),
+    "rerank-1x32-compiled": partial(rerank, 32, compiles=True),
+    "stage1-100-compiled": partial(stage1, 100, 257, compiles=True),
 }
-"""In the order of what would be missed most."""
+COMPILED = "-compiled"
+"""End of the names of cases that wait for torch.compile. They come last, the others in the order of what would
+be missed most."""
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -610,7 +620,10 @@ def profile(peer: Peer, row: Row) -> None:
         torch.cuda.synchronize()
     names: dict[str, tuple[float, int]] = {}
     for event in profiler.events():
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset")):
+        other = event.name.startswith(("Memcpy", "Memset", "#")) or getattr(
+            event, "is_user_annotation", False
+        )
+        if event.device_type == DeviceType.CUDA and not other:
             spent, count = names.get(event.name, (0.0, 0))
             names[event.name] = spent + event.time_range.elapsed_us() / 1e3, count + 1
     row.launches = sum(count for _, count in names.values())
@@ -684,28 +697,32 @@ def run_case(name: str, setting: Setting, rounds: int, warm: bool) -> list[Row]:
     if warm:
         return list(rows.values())
     del truth
-    for peer, row in rows.items():
-        if _runs(row) and case.peers[peer].counted:
-            with noted(row, "FLOPs"):
-                row.flops = count_flops(case.peers[peer])
-    setting.empty_cache()
-    if setting.device == "cuda":
-        for peer, row in rows.items():
-            if _runs(row):
-                with noted(row):
-                    case.peers[peer].calls[0]()
-                with noted(row, "peak"):
-                    if case.peers[peer].counted:
-                        row.peak_mib = peak_mib(case, case.peers[peer])
-                with noted(row, "launches"):
-                    profile(case.peers[peer], row)
     setting.empty_cache()
     try:
         timed(case, rows, setting, rounds)
     except Exception as error:
         for row in rows.values():
             row.failure = row.failure or f"while timing: {said(error)}"
+    setting.empty_cache()
+    for peer, row in rows.items():
+        if _runs(row) and case.peers[peer].counted:
+            with noted(row, "FLOPs"):
+                row.flops = count_flops(case.peers[peer])
+            if setting.device == "cuda":
+                with noted(row, "peak"):
+                    row.peak_mib = peak_mib(case, case.peers[peer])
     return list(rows.values())
+
+
+def profile_case(name: str, rows: Sequence[Row], setting: Setting) -> None:
+    """Look at the kernels of a case that was timed: after all, since a profiler may leave launches slower."""
+    case = CASES[name](setting)
+    for row in rows:
+        if _runs(row) and case.peers[row.peer].counted:
+            with noted(row, "kernels"):
+                for call in case.peers[row.peer].calls:
+                    call()
+                profile(case.peers[row.peer], row)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -719,14 +736,13 @@ def table(rows: Sequence[Row]) -> str:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    head = f"{rows[0].case:36} {'eager':>9} {'ratio':>6} {'device':>9} {'kernels':>9} {'host':>8}"
-    lines = [head + f" {'peak MiB':>9} {'launches':>8} {'GFLOP':>9}  error"]
+    head = f"{rows[0].case:36} {'eager':>9} {'ratio':>6} {'device':>9} {'host':>8}"
+    lines = [head + f" {'peak MiB':>9} {'GFLOP':>9}  error"]
     for row in rows:
-        kernel = number(row.kernel_ms, ".3f")
+        flops = None if row.flops is None else row.flops / 1e9
         line = f"  {row.peer:34} {milliseconds(row.eager):>9} {number(row.ratio, '.2f'):>6} "
-        line += f"{milliseconds(row.device):>9} {kernel:>9} {milliseconds(row.host):>8} "
-        line += f"{number(row.peak_mib, '.0f'):>9} {number(row.launches, 'd'):>8} "
-        line += f"{number(None if row.flops is None else row.flops / 1e9, '.1f'):>9}"
+        line += f"{milliseconds(row.device):>9} {milliseconds(row.host):>8} "
+        line += f"{number(row.peak_mib, '.0f'):>9} {number(flops, '.1f'):>9}"
         if row.agreement is not None:
             line += f"  {row.agreement['error']:.1e} of {row.agreement['allowed']:.1e}"
         lines.append(line.rstrip())
@@ -738,7 +754,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def about(setting: Setting) -> dict[str, Any]:
+def table_of_kernels(rows: Sequence[Row]) -> str:
+    """What the profiler saw of a case's peers, for people."""
+    lines = []
+    for row in rows:
+        if row.kernel_ms is not None:
+            longest = ", ".join(f"{name[:40]} {spent:.3f} x{count}" for name, spent, count in row.kernels[:3])
+            lines.append(
+                f"{row.case:22} {row.peer:26} {row.launches:6d} kernels {row.kernel_ms:9.3f} ms  {longest}"
+            )
+        lines.extend(f"    ! {remark}" for remark in row.remarks if remark.startswith("kernels"))
+    return "\n".join(lines)
+
+
+def about(setting: Setting, warm: bool) -> dict[str, Any]:
     """Where and with what this was measured."""
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
@@ -754,7 +783,7 @@ def about(setting: Setting) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "extension": extension.device_reason(setting.device) or "used",
     }
-    if setting.device == "cuda":
+    if setting.device == "cuda" and not warm:
         roofline = measure.Roofline.measure()
         facts["roofline"] = {"copy_bytes_s": roofline.copy, "matmul_flop_s": roofline.matmul}
     return facts
@@ -773,41 +802,57 @@ def main() -> int:
     parser.add_argument(
         "--capture-steps", action="store_true", help="capture training steps in CUDA graphs too"
     )
+    parser.add_argument("--no-profile", action="store_true", help="do not look at the kernels afterwards")
     parser.add_argument("--warm", action="store_true", help="run every peer once and time nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models and batches")
     arguments = parser.parse_args()
     wanted = [name for name in arguments.only.split(",") if name] or [""]
-    chosen = [
-        name for name in CASES if any(w == name if w in CASES else w in name for w in wanted)
-    ]
+    chosen = [name for name in CASES if any(w == name if w in CASES else w in name for w in wanted)]
+    if arguments.no_compile:
+        chosen = [name for name in chosen if not name.endswith(COMPILED)]
     if not chosen or arguments.rounds < 1:
         parser.error("expected parts of cases' names, and at least one round")
-    setting = Setting(
-        arguments.device, arguments.tiny, not arguments.no_compile, arguments.autotune, arguments.capture_steps
-    )
+    setting = Setting(arguments.device, arguments.tiny, arguments.autotune, arguments.capture_steps)
     begin = time.perf_counter()
-    facts = about(setting)
+    facts = about(setting, arguments.warm)
     print(json.dumps(facts), flush=True)
-    cases: dict[str, Any] = {}
+    cases: dict[str, list[Row] | str] = {}
+
+    def keep() -> None:
+        if arguments.json and not arguments.warm:
+            shown = {n: rows if isinstance(rows, str) else list(map(vars, rows)) for n, rows in cases.items()}
+            arguments.json.write_text(json.dumps({"about": facts, "cases": shown}, indent=1) + "\n")
+
+    def spent() -> bool:
+        return time.perf_counter() - begin > arguments.budget
+
     for name in chosen:
         started = time.perf_counter()
-        if started - begin > arguments.budget:
-            print(f"{name}: skipped, the budget of {arguments.budget:.0f} s is spent", flush=True)
-            cases[name] = "skipped: no time left"
+        if spent():
+            cases[name] = f"skipped: the budget of {arguments.budget:.0f} s is spent"
+            print(f"{name}: {cases[name]}", flush=True)
             continue
         try:
             rows = run_case(name, setting, arguments.rounds, arguments.warm)
-            cases[name] = [vars(row) for row in rows]
+            cases[name] = rows
             print(table(rows), flush=True)
         except Exception as error:
             cases[name] = said(error)
             print(f"{name}: {said(error)}", flush=True)
         print(f"  {time.perf_counter() - started:.1f} s", flush=True)
+        keep()
         torch._dynamo.reset()
         setting.empty_cache()
-        if arguments.json and not arguments.warm:
-            arguments.json.write_text(json.dumps({"about": facts, "cases": cases}, indent=1) + "\n")
+    if setting.device == "cuda" and not (arguments.warm or arguments.no_profile):
+        for name, rows in cases.items():
+            if spent():
+                print(f"{name}: its kernels are not looked at, the budget is spent", flush=True)
+            elif not isinstance(rows, str) and not name.endswith(COMPILED):
+                profile_case(name, rows, setting)
+                print(table_of_kernels(rows), flush=True)
+                keep()
+                setting.empty_cache()
     return 0
 
 

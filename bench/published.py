@@ -1,9 +1,10 @@
-"""Stage 1 and matching as the paper's code runs them: the algorithm, on the parameters of a `Blip2ForPreTraining`.
+"""Stage 1 and matching as the paper's code runs them, on the parameters of a `Blip2ForPreTraining`.
 
-Four passes a step, as published: queries over images with their keys and values kept, texts alone, matching on
-3 B samples with repeated image features, captions behind the kept keys and values. All texts stay padded.
-The plain path (`use_fused=False`) does the same, but its dropout is drawn by Philox in PyTorch, to match the fused
-path's; here it is PyTorch's own, which is what a training run would pay for.
+Four passes a step, as published: queries over images, their keys and values kept; texts alone; matching on 3 B
+samples with repeated image features; captions behind the kept keys and values. All texts stay padded.
+
+The plain path (`use_fused=False`) is the same algorithm, but draws its dropout by Philox in PyTorch, to match the
+fused path's. Here it is PyTorch's own, which is what a training run would pay for.
 """
 
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Published(nn.Module):
         allowed: Tensor | None,
         past: KeysValues | None = None,
     ) -> tuple[Tensor, KeysValues]:
-        """Rows [B, L, C], the first `queries` of them queries, through all layers; and their keys and values."""
+        """Rows [B, L, C], the first `queries` of them queries, through all layers; their keys and values."""
         qformer, kept = self.model.qformer, []
         hidden = qformer.dropout(qformer.layernorm(hidden))
         for number, layer in enumerate(qformer.encoder.layer):
