@@ -8,9 +8,9 @@
 
 BERT-base Q-Former (12 layers, 768 channels), 32 queries, image width 1408, random weights. Inference in
 bfloat16, training steps under bfloat16 autocast with dropout 0.1 unless the case says otherwise. Before it is
-timed a peer's result is compared with the plain model's in higher precision: its error may be twice that of the
-plain model in the same precision, and 1e-3 of the largest value more. A peer that does not agree is timed all
-the same, and marked. Steps are compared without dropout, losses and gradients, by their Euclidean norms.
+timed a peer's result is compared with the plain model's in higher precision: its error may be twice that of
+the plain model in the same precision, and 1e-3 of the largest value more. A peer that does not agree is timed
+all the same, and marked. Steps are compared without dropout, losses and gradients, by their Euclidean norms.
 """
 
 import argparse
@@ -533,8 +533,8 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     "stage1-100-compiled": partial(stage1, 100, 257, compiles=True),
 }
 COMPILED = "-compiled"
-"""End of the names of cases that wait for torch.compile. They come last, the others in the order of what would
-be missed most."""
+"""End of the names of cases that wait for torch.compile. They come last, the others in the order of what
+would be missed most."""
 
 
 # -------------------------------------------------------------------------------------------------- measuring

@@ -1,10 +1,10 @@
 """Stage 1 and matching as the paper's code runs them, on the parameters of a `Blip2ForPreTraining`.
 
-Four passes a step, as published: queries over images, their keys and values kept; texts alone; matching on 3 B
-samples with repeated image features; captions behind the kept keys and values. All texts stay padded.
+Four passes a step, as published: queries over images, their keys and values kept; texts alone; matching on
+3 B samples with repeated image features; captions behind the kept keys and values. All texts stay padded.
 
-The plain path (`use_fused=False`) is the same algorithm, but draws its dropout by Philox in PyTorch, to match the
-fused path's. Here it is PyTorch's own, which is what a training run would pay for.
+The plain path (`use_fused=False`) is the same algorithm, but draws its dropout by Philox in PyTorch, to match
+the fused path's. Here it is PyTorch's own, which is what a training run would pay for.
 """
 
 from dataclasses import dataclass
