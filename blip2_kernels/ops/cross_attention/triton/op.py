@@ -259,8 +259,7 @@ _OPTIONS = (
     " float scale, float dropout, int layer"
 )
 _forward = define(
-    f"cross_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_backward)"
-    " -> (Tensor, Tensor)",
+    f"cross_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_backward) -> (Tensor, Tensor)",
     _run_forward,
     _fake_forward,
 )

@@ -7,9 +7,9 @@ With P the probabilities, M the dropout mask with its scale, and G the gradient 
     dS = P * (dP - delta) * scale                 delta = rowsum(P * dP)
     dQ = dS K,  dK = dS^T Q
 
-delta is summed from the very numbers it is subtracted from; by blocks, in a first sweep over the keys. That it
-equals rowsum(G * out) is true of exact numbers only: out was summed from rounded probabilities, and where a row
-sees few keys their rounding would be all that is left of the difference.
+delta is summed from the very numbers it is subtracted from; by blocks, in a first sweep over the keys. That
+it equals rowsum(G * out) is true of exact numbers only: out was summed from rounded probabilities, and where a
+row sees few keys their rounding would be all that is left of the difference.
 
 Every element of dQ, dK and dV belongs to one program, which sums it in a fixed order: no atomics.
 """
@@ -162,7 +162,7 @@ def _probs(
     TEXT: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities [M, N] of the block of attended rows at `start`, the same after dropout, their gradient."""
+    """Probabilities [M, N] of the attended rows from `start` on, the same after dropout, their gradient."""
     allowed = allowed_at(m, n, m_key, n_key, n_real, q_queries, kv_queries, CAUSAL)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     probs = tl.where(allowed, tl.exp2(scores - lse[:, None]), 0.0)
