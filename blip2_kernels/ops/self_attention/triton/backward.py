@@ -8,8 +8,8 @@ With P the probabilities, M the dropout mask with its scale, and G the gradient 
     dQ = dS K,  dK = dS^T Q
 
 delta is summed from the very numbers it is subtracted from; by blocks, in a first sweep over the keys. That
-it equals rowsum(G * out) is true of exact numbers only: out was summed from rounded probabilities, and where a
-row sees few keys their rounding would be all that is left of the difference.
+it equals rowsum(G * out) is true of exact numbers only: out was summed from rounded probabilities, and where
+a row sees few keys their rounding would be all that is left of the difference.
 
 Every element of dQ, dK and dV belongs to one program, which sums it in a fixed order: no atomics.
 """
