@@ -35,20 +35,26 @@ def check_tensor(
         TypeError: not a tensor, or of another dtype.
         ValueError: another rank, size or device.
     """
+    if isinstance(value, Tensor):
+        got = value.shape
+        fits = len(got) == len(shape)
+        if fits:
+            for size, want in zip(got, shape, strict=True):
+                if size != want and not isinstance(want, str):
+                    fits = False
+        if fits and (not dtypes or value.dtype in dtypes) and (device is None or value.device == device):
+            return value
+    # Everything below is for the message: a call that is right does not pay for it.
     wanted = "[" + ", ".join(map(str, shape)) + "]"
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     expected = f"{kinds} {wanted}".strip()
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {expected}, got {describe(value)}")
-    if value.dim() != len(shape) or any(
-        isinstance(size, int) and size != got for size, got in zip(shape, value.shape, strict=True)
-    ):
+    if not fits:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if dtypes and value.dtype not in dtypes:
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    return value
+    raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

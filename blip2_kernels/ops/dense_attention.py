@@ -44,16 +44,22 @@ def attend(
     return probs @ v
 
 
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "privateuseone")
+    if torch.amp.is_autocast_available(kind)
+)
+"""Device types that have autocast. Asked once: torch.compile before torch 2.13 cannot trace the question."""
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether matrix products on a device run in autocast's dtype here."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A region in which tensors keep the dtype they came in: an op's arithmetic is its own business."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def attend_torch(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float) -> Tensor:

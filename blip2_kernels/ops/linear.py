@@ -29,7 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if plain_linear_reason(x, weight, bias) is not None:
         return F.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias):
+        return _Product.apply(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -59,6 +61,8 @@ def plain_linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         return "torch.backends.mkldnn is switched off"
     if torch.compiler.is_compiling():
         return "the compiler chooses"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func has no rule for oneDNN's product"
     if autocasts(x.device):
         return "autocast computes in half precision"
     if x.dim() < 2 or x.numel() == 0 or weight.numel() == 0:
@@ -87,20 +91,19 @@ def _cpu_description() -> str:
         return platform.processor()
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN's product takes it to be
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
-
+    # Without a `setup_context`: with one, torch binds every call's arguments to a signature in Python.
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None:
-            bias = bias.contiguous()  # oneDNN's product takes it to be
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        x, weight, _ = inputs
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wants_x, wants_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:

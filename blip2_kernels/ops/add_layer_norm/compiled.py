@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..library import describe_compiled, differentiate
+from ..library import Gradient, complete
 from ..philox import LANES, Site
 
 MAX_WIDTH = 4096
@@ -43,7 +43,7 @@ def add_layer_norm_compiled(
         dropout_key = row_keys = None
     place = layer * LANES + int(site)
     arguments = (x, residual, weight, bias, input_bias, eps, dropout, dropout_key, row_keys, place)
-    return torch.ops.blip2_kernels.add_layer_norm.default(*arguments)[0]
+    return _forward(*arguments)[0]
 
 
 def _fake_forward(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,8 +83,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
         return (None,) * 10
     x, residual, weight, input_bias, mean, rstd, dropout_key, row_keys = ctx.saved_tensors
     rows = (grad, x, residual, weight, input_bias, mean, rstd)
-    backward = torch.ops.blip2_kernels.add_layer_norm_backward.default
-    dx, dresidual, dweight, dbias, dinput_bias = backward(
+    dx, dresidual, dweight, dbias, dinput_bias = _backward(
         *rows, ctx.dropout, dropout_key, row_keys, ctx.place
     )
     if dresidual.shape != residual.shape:  # without dropout, and in one dtype, both inputs have the same
@@ -93,6 +92,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
 
 
 if extension.reason() is None:
-    describe_compiled("add_layer_norm", _fake_forward)
-    describe_compiled("add_layer_norm_backward", _fake_backward)
-    differentiate("add_layer_norm", _differentiate, _save)
+    _forward = complete("add_layer_norm", _fake_forward, Gradient(_differentiate, _save))
+    _backward = complete("add_layer_norm_backward", _fake_backward)

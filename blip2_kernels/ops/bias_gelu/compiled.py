@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import extension
-from ..library import describe_compiled, differentiate
+from ..library import Gradient, complete
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,7 +20,7 @@ def supports(x: Tensor, bias: Tensor | None) -> str | None:
 
 def bias_gelu_compiled(x: Tensor, bias: Tensor | None) -> Tensor:
     """See `bias_gelu`."""
-    return torch.ops.blip2_kernels.bias_gelu.default(x, bias)
+    return _forward(x, bias)
 
 
 def _fake_forward(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,11 +37,10 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.blip2_kernels.bias_gelu_backward.default(grad, x, bias)
+    dx, dbias = _backward(grad, x, bias)
     return dx, None if bias is None else dbias
 
 
 if extension.reason() is None:
-    describe_compiled("bias_gelu", _fake_forward)
-    describe_compiled("bias_gelu_backward", _fake_backward)
-    differentiate("bias_gelu", _differentiate, _save)
+    _forward = complete("bias_gelu", _fake_forward, Gradient(_differentiate, _save))
+    _backward = complete("bias_gelu_backward", _fake_backward)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ....device_errors import error_flag
 from ... import launching
 from ...image_arguments import visibility
-from ...library import define, differentiate
+from ...library import Gradient, define
 from ...philox import LANES, Site, keep_scale, threshold
 from .. import launch
 
@@ -240,7 +240,7 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, scale, dropout, layer, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors[:3], output[1], *tensors[3:])
@@ -262,6 +262,7 @@ _forward = define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool need_backward) -> (Tensor, Tensor)",
     _run_forward,
     _fake_forward,
+    Gradient(_differentiate, _save),
 )
 _backward = define(
     f"cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, {_OPTIONS})"
@@ -269,4 +270,3 @@ _backward = define(
     _run_backward,
     _fake_backward,
 )
-differentiate("cross_attention", _differentiate, _save)

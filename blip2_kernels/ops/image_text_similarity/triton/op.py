@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import launching
-from ...library import define, differentiate
+from ...library import Gradient, define
 from .. import launch
 
 
@@ -129,6 +129,7 @@ _forward = define(
     "image_text_similarity(Tensor image_feats, Tensor text_feats, bool keep_index) -> (Tensor, Tensor)",
     _run_forward,
     _fake_forward,
+    Gradient(_differentiate, _save),
 )
 _image_backward = define(
     "image_text_similarity_image_backward(Tensor grad, Tensor text_feats, Tensor index, SymInt queries)"
@@ -141,4 +142,3 @@ _text_backward = define(
     _run_text_backward,
     _fake_text_backward,
 )
-differentiate("image_text_similarity", _differentiate, _save)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ....layout import TokenLayout
 from ....mask import AttentionMask, MaskMode
 from ... import launching
-from ...library import define, differentiate
+from ...library import Gradient, define
 from ...philox import LANES, Site, keep_scale, threshold
 from .. import launch
 
@@ -316,6 +316,7 @@ _forward = define(
     f"self_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)",
     _run_forward,
     _fake_forward,
+    Gradient(_differentiate, _save),
 )
 _backward = define(
     f"self_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, {_LAYOUT})"
@@ -323,4 +324,3 @@ _backward = define(
     _run_backward,
     _fake_backward,
 )
-differentiate("self_attention", _differentiate, _save)
