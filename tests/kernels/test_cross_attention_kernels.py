@@ -28,6 +28,20 @@ def check(case: CrossCase, seed: int = 0) -> list[torch.Tensor]:
     return got
 
 
+@pytest.mark.parametrize(
+    "index", [None, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7)], ids=["own", "shared"]
+)
+def test_lengths_at_the_edges_of_blocks(index):
+    """One visible token in the last block, or none: a sweep that ends early is wrong by that token."""
+    lengths = torch.tensor([1, 31, 32, 33, 64, 65, 96, 97], dtype=torch.int32)
+    case = CrossCase(index, 8 if index is None else 16, 8, 97, heads=1, head_dim=16, dtype=torch.float32)
+    tensors = case.tensors(torch.Generator().manual_seed(0))
+    got, plain = (run(case, tensors, b, image_lengths=lengths) for b in ("triton", "reference"))
+    truth = run(case, tensors, "reference", torch.float64, image_lengths=lengths)
+    for name, *values in zip(("out", "dq", "dk", "dv"), got, plain, truth, strict=True):
+        assert_yardstick(name, *values)
+
+
 GRID = [
     CrossCase(index, samples, images, tokens, head_dim=head_dim, dtype=dtype)
     for index, samples, images in ((None, 2, 2), ((1, 0, 1, 1, 1, 1), 6, 3))

@@ -71,7 +71,8 @@ BACKWARD_SHARED = LaunchTable(
             ("half", "wide"): (_tile(64, 64, 8, 2), _tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
         }
         for number in BLACKWELL
-    },
+    }
+    | {90: {("half", "narrow"): (_tile(128, 32, 4, 2), _tile(64, 32, 4, 1))}},
 )
 """Where samples share images: four samples of 32 queries are one tile where its registers suffice."""
 BACKWARD_ALONE = LaunchTable(
@@ -88,7 +89,8 @@ BACKWARD_ALONE = LaunchTable(
         }
         for number in WARPS_ALONE
     }
-    | {number: {("half", "wide"): (_tile(32, 64, 8, 2), _tile(32, 32, 4, 1))} for number in BLACKWELL},
+    | {number: {("half", "wide"): (_tile(32, 64, 8, 2), _tile(32, 32, 4, 1))} for number in BLACKWELL}
+    | {90: {("half", "narrow"): (_tile(32, 64, 4, 3), _tile(32, 32, 4, 1))}},
 )
 """Where every sample has an image of its own: one sample of 32 queries is a tile."""
 BACKWARD_KEYS = LaunchTable(
@@ -103,7 +105,8 @@ BACKWARD_KEYS = LaunchTable(
             ("half", "narrow"): (_tile(64, 32, 4, 1), _tile(32, 32, 4, 1)),
         }
         for number in WARPS_ALONE
-    },
+    }
+    | {90: {("half", "narrow"): (_tile(64, 32, 4, 2), _tile(32, 32, 4, 1))}},
 )
 """Of the kernel for images that several tiles look at."""
 
