@@ -210,8 +210,9 @@ def queries(batch: int, tokens: int, setting: Setting, *, compiles: bool = False
     weights: dict[str, Tensor] = {}
     eager = theirs("eager")
     weights |= eager.state_dict()
-    sdpa, plain, fused, prepared = theirs("sdpa"), ours(False), ours(), ours()
+    sdpa, plain, fused, prepared, projected = theirs("sdpa"), ours(False), ours(), ours(), ours()
     prepared.fused_encoder.prepare_inference()
+    projected.fused_encoder.prepare_inference().force(absorbed_cross_attention=False)
     width = eager.config.hidden_size
     generator = torch.Generator(device).manual_seed(1)
     tokens_of_queries = torch.randn(1, savings.QUERIES, width, generator=generator, device=device).to(BF16)
@@ -230,6 +231,7 @@ def queries(batch: int, tokens: int, setting: Setting, *, compiles: bool = False
         "transformers sdpa": Peer(each(sdpa), captured=True, host=True),
         OURS: Peer(each(fused), captured=True, host=True),
         "ours, prepared": Peer(each(prepared), captured=True, host=True),
+        "ours, prepared, projected": Peer(each(projected), captured=True),
     }
     if not compiles:
         peers = {"transformers eager": Peer(each(eager), captured=True, host=True), **peers}
