@@ -44,14 +44,20 @@ def attend(
     return probs @ v
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """Constant to the compiler, which cannot trace the question itself before torch 2.12."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether matrix products on a device run in autocast's dtype here."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A region in which tensors keep the dtype they came in: an op's arithmetic is its own business."""
-    if torch.amp.is_autocast_available(device.type):
+    if _has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
