@@ -1,4 +1,6 @@
 // Checks of tensors before anything is launched. An error names the argument, what was expected and what came.
+// Text is joined from strings, never through a stream: libc10 exports constructors of string streams, and where the
+// C++ runtime is linked in statically a stream would be made by one runtime and written to by another, which crashes.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,7 +9,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -43,20 +44,16 @@ inline std::string describe(ScalarType dtype) {
 }
 
 inline std::string describe(std::initializer_list<int64_t> sizes) {
-  std::ostringstream text;
-  text << '[';
-  for (const int64_t* size = sizes.begin(); size != sizes.end(); ++size)
-    text << (size == sizes.begin() ? "" : ", ") << *size;
-  text << ']';
-  return text.str();
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
 }
 
 inline std::string describe(const Tensor& tensor) {
-  std::ostringstream text;
-  text << describe(tensor.scalar_type()) << " [";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ']' << (tensor.is_cpu() ? "" : " on another device than the CPU");
-  return text.str();
+  std::string sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes += (i ? ", " : "") + std::to_string(tensor.size(i));
+  const char* place = tensor.is_cpu() ? "" : " on another device than the CPU";
+  return describe(tensor.scalar_type()) + " [" + sizes + "]" + place;
 }
 
 inline void check_tensor(

@@ -71,3 +71,22 @@ def test_a_build_that_fails_does_not_stop_the_installation(tmp_path):
         assert done.returncode == expected, done.stderr
         said = "installing without the compiled extension: its build failed" if not wish else "BUILD=cpu: "
         assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_a_static_cxx_runtime_tells_errors_whole(tmp_path):
+    """Compilers without a shared C++ runtime link theirs in silently; torch brings another one."""
+    compiler = tmp_path / "static-c++"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -static-libstdc++\n')
+    compiler.chmod(0o755)
+    arguments = ("build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp"))
+    command = [sys.executable, str(ROOT / "setup.py"), "-q", *arguments]
+    env = clean_environment(CXX=str(compiler), BLIP2_KERNELS_BUILD="cpu", MAX_JOBS="2")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (library,) = (tmp_path / "lib").rglob("_C.abi3.so")
+    code = f"import torch; torch.ops.load_library({str(library)!r}); "
+    code += "torch.ops.blip2_kernels.bias_gelu.default(torch.zeros(3, 8), torch.zeros(7))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    expected = "RuntimeError: bias: expected float32 [8], got float32 [7]"
+    assert done.returncode == 1 and done.stderr.endswith(expected + "\n"), done.stderr[-2000:]

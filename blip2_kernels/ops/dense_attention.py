@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,17 +45,16 @@ def attend(
     return probs @ v
 
 
-_AUTOCAST = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "privateuseone")
-    if torch.amp.is_autocast_available(kind)
-)
-"""Device types that have autocast. Asked once: torch.compile before torch 2.13 cannot trace the question."""
+@torch.compiler.assume_constant_result
+@cache
+def _has_autocast(device_type: str) -> bool:
+    """Constant to the compiler, which cannot trace the question itself before torch 2.12."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether matrix products on a device run in autocast's dtype here."""
-    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

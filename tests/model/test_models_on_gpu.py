@@ -1,6 +1,8 @@
 """The models on a GPU: both paths alike, in half precision too, and what they give on a CPU."""
 
 import copy
+import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -181,10 +183,10 @@ def test_stage_1_of_real_width(dropout):
 # ------------------------------------------------------------------------------------------ half precision
 
 
-def autocast_step(model, inputs, dtype):
+def autocast_step(model, inputs, dtype, seed):
     """As `step`, in autocast, with the loss scaled as fp16 needs it."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=256.0, enabled=dtype == torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with torch.autocast(DEVICE, dtype):
@@ -214,7 +216,10 @@ def distance(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 def test_autocast_is_as_near_the_truth_as_the_plain_path(size, dtype):
     """The yardstick: at most twice the plain path's distance from fp32, both in the same autocast.
 
-    Over four draws of the images, since the rounding errors of one small batch may happen to cancel.
+    Gradients' distances are compared by their geometric means over 16 draws of images and dropout. They have
+    a heavy tail: a contrastive gradient jumps where rounding makes another query the nearest. On the CPU, in
+    bf16 with dropout, the fused path's arithmetic mean over 4 draws was from 0.1 to 10 times the plain path's
+    (96 samples), the geometric mean over 16 draws from 0.66 to 1.18 times (24 samples).
     """
     case = {
         "small": lambda: stage1_case(torch.float32, 0.0),
@@ -223,23 +228,24 @@ def test_autocast_is_as_near_the_truth_as_the_plain_path(size, dtype):
         "stage 2": lambda: stage2_case(True, torch.float32, 0.0),
     }[size]
     model, inputs = on_device(case())
-    apart = {"plain": 0.0, "fused": 0.0}
+    logarithms = {"plain": [], "fused": []}
     worst = {"plain": {}, "fused": {}}
-    for draw in range(4):
+    for draw in range(16):
         generator = torch.Generator().manual_seed(draw)
         features = torch.randn(inputs["image_features"].shape, generator=generator)
         inputs["image_features"] = features.to(DEVICE)
-        truth, found = step(copy.deepcopy(model), inputs)
+        truth, found = step(copy.deepcopy(model), inputs, draw)
         found = {name: gradient for name, gradient in found.items() if gradient is not None}
-        for path in apart:
+        for path in logarithms:
             own = copy.deepcopy(model)
             own.use_fused = path == "fused"
-            values, gradients = autocast_step(own, inputs, dtype)
-            apart[path] += distance(gradients, found) / 4
+            values, gradients = autocast_step(own, inputs, dtype, draw)
+            logarithms[path].append(math.log(distance(gradients, found)))
             for name, value in values.items():
                 scale = max(1.0, float(truth[name].abs().max()))
                 error = max_error(value, truth[name]) / scale
                 worst[path][name] = max(worst[path].get(name, 0.0), error)
+    apart = {path: math.exp(statistics.mean(values)) for path, values in logarithms.items()}
     print(apart, worst)
     assert apart["fused"] <= 2 * apart["plain"] + 1e-3
     for name, error in worst["fused"].items():
