@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,6 @@ def attend(
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _has_autocast(device_type: str) -> bool:
     """Constant to the compiler, which cannot trace the question itself before torch 2.12."""
     return torch.amp.is_autocast_available(device_type)
