@@ -54,7 +54,7 @@ FORWARD = LaunchTable(
 BACKWARD_SHARED = LaunchTable(
     {
         ("half", "narrow"): (_tile(128, 64, 8, 2), _tile(64, 32, 4, 1)),
-        ("half", "wide"): (_tile(64, 32, 4, 1), _tile(32, 32, 4, 2)),
+        ("half", "wide"): (_tile(64, 32, 8, 1), _tile(32, 32, 8, 1)),
         ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
         ("fp32", "wide"): (_tile(16, 16, 8, 1),),
     },
@@ -72,13 +72,13 @@ BACKWARD_SHARED = LaunchTable(
         }
         for number in BLACKWELL
     }
-    | {90: {("half", "narrow"): (_tile(128, 32, 4, 2), _tile(64, 32, 4, 1))}},
+    | {90: {("half", "narrow"): (_tile(128, 64, 8, 1), _tile(64, 32, 4, 1))}},
 )
 """Where samples share images: four samples of 32 queries are one tile where its registers suffice."""
 BACKWARD_ALONE = LaunchTable(
     {
         ("half", "narrow"): (_tile(32, 64, 4, 2), _tile(32, 32, 4, 1)),
-        ("half", "wide"): (_tile(32, 64, 8, 1), _tile(32, 32, 4, 1)),
+        ("half", "wide"): (_tile(32, 32, 8, 1), _tile(32, 32, 4, 1)),
         ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
         ("fp32", "wide"): (_tile(16, 16, 8, 1),),
     },
@@ -106,7 +106,7 @@ BACKWARD_KEYS = LaunchTable(
         }
         for number in WARPS_ALONE
     }
-    | {90: {("half", "narrow"): (_tile(64, 32, 4, 2), _tile(32, 32, 4, 1))}},
+    | {90: {("half", "narrow"): (_tile(64, 32, 4, 1), _tile(32, 32, 4, 1))}},
 )
 """Of the kernel for images that several tiles look at."""
 

@@ -101,7 +101,8 @@ def backward_rows_kernel(
     if VISIBLE == LENGTHS:
         seen = tl.minimum(tokens, tl.load(visible_ptr + image))
     delta = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, seen, BLOCK_N):
+    # Nothing is moved out of this loop: it would take registers all through the next one.
+    for start in tl.range(0, seen, BLOCK_N, disable_licm=True):
         n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
         k = load_tile(k_ptr, n * k_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
         v = load_tile(v_ptr, n * v_token, visible, HEAD_DIM, BLOCK_D)  # [N, D]
