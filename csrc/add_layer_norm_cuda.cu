@@ -117,15 +117,15 @@ struct BackwardRow {
   int32_t key;
 };
 
-template <class X, class T, int kOctets, bool kWide, bool kDrops>
+template <class X, class T, int kThreads, int kOctets, bool kWide, bool kDrops>
 constexpr int kBackwardRegisters =
-    kOctets > 1 || !kWide ? 168 : kWords<X> + kWords<T> > 8 ? 128 : kDrops ? 96 : 80;
+    kOctets > 1 || !kWide ? 168 : kWords<X> + kWords<T> > 8 ? 128 : kDrops || kThreads > 128 ? 96 : 80;
 
 // Grid: parts of the rows. kThreads threads own a row, kGroups of them share a part: they go through its rows by
 // turns and hold their sums.
 template <class X, class T, int kThreads, int kGroups, int kOctets, bool kWide, bool kDrops>
 __global__ void __launch_bounds__(
-    kThreads* kGroups, resident(kThreads* kGroups, kBackwardRegisters<X, T, kOctets, kWide, kDrops>))
+    kThreads* kGroups, resident(kThreads* kGroups, kBackwardRegisters<X, T, kThreads, kOctets, kWide, kDrops>))
     backward_kernel(AddLayerNormBackward a, float inverse_width) {
   // Two rows' worth: a thread may begin the next row while another still reads the sums of this one.
   __shared__ float memory[2][kThreads * kGroups / kWarp][2];

@@ -14,7 +14,14 @@ constexpr int kBackwardRows = 2;
 
 // Blocks that a multiprocessor shall hold: the registers of a thread are bounded so.
 template <class T, bool kWide>
-constexpr int kResident = !kWide ? 4 : sizeof(T) == 2 ? 8 : 5;
+constexpr int kForwardBlocks = !kWide ? 4 : sizeof(T) == 2 ? 8 : 5;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T, bool kWide>
+constexpr int kBackwardBlocks = kWide ? 5 : 4;  // arithmetic on pairs of floats takes more registers
+#else
+template <class T, bool kWide>
+constexpr int kBackwardBlocks = kForwardBlocks<T, kWide>;
+#endif
 
 struct Place {
   int octet;
@@ -27,7 +34,7 @@ struct Place {
 
 // Parts are of kForwardRows rows; a warp goes through every `parts`-th.
 template <class T, class B, bool kWide>
-__global__ void __launch_bounds__(kBlock, kResident<T, kWide>) forward_kernel(BiasGeluForward a, int64_t parts) {
+__global__ void __launch_bounds__(kBlock, kForwardBlocks<T, kWide>) forward_kernel(BiasGeluForward a, int64_t parts) {
   const Place place = Place::here();
   const int width = int(a.width);
   if (place.octet >= octets_of(width)) return;
@@ -53,15 +60,16 @@ __global__ void __launch_bounds__(kBlock, kResident<T, kWide>) forward_kernel(Bi
 }
 
 template <class T, class B, bool kWide>
-__global__ void __launch_bounds__(kBlock, kResident<T, kWide>) backward_kernel(BiasGeluBackward a) {
+__global__ void __launch_bounds__(kBlock, kBackwardBlocks<T, kWide>) backward_kernel(BiasGeluBackward a) {
   const Place place = Place::here();
   const int width = int(a.width);
   if (place.octet >= octets_of(width) || place.part >= a.parts) return;
-  const Packed<B> bias =
-      fetch_octet<kWide>(static_cast<const B*>(a.bias), place.octet, width, a.bias != nullptr);
   Octet sum = zero_octet();
   const int64_t last = first_row_of_part(place.part + 1, a.parts, a.rows);
   for (int64_t first = first_row_of_part(place.part, a.parts, a.rows); first < last; first += kBackwardRows) {
+    // Read again every time, out of the first-level cache: registers are scarcer.
+    const Packed<B> bias =
+        fetch_octet<kWide>(static_cast<const B*>(a.bias), place.octet, width, a.bias != nullptr);
     Packed<T> x[kBackwardRows], grad[kBackwardRows];
 #pragma unroll
     for (int i = 0; i < kBackwardRows; ++i) {
