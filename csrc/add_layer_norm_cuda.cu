@@ -26,7 +26,8 @@ __device__ __forceinline__ Octet hidden_octet(
   return x;
 }
 
-// All that is loaded of x and the residual is under way at once, and of the vectors after them.
+// Loads are under way before anything is computed: of a row's x and residual and of input_bias, then of the other two
+// vectors. So many registers hold them; rows that are read number by number take what they need.
 template <class X, class T, int kOctets, bool kWide>
 constexpr int kForwardRegisters = kWide ? 28 + kOctets * (kWords<X> + 2 * kWords<T>) : 248;
 
@@ -117,6 +118,7 @@ struct BackwardRow {
   int32_t key;
 };
 
+// The least that nvcc does not spill at, or nearly: the fewer, the more warps wait for memory at once.
 template <class X, class T, int kThreads, int kOctets, bool kWide, bool kDrops>
 constexpr int kBackwardRegisters =
     kOctets > 1 || !kWide ? 168 : kWords<X> + kWords<T> > 8 ? 128 : kDrops || kThreads > 128 ? 96 : 80;

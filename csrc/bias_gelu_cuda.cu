@@ -38,8 +38,6 @@ __global__ void __launch_bounds__(kBlock, kForwardBlocks<T, kWide>) forward_kern
   const Place place = Place::here();
   const int width = int(a.width);
   if (place.octet >= octets_of(width)) return;
-  const Packed<B> bias =
-      fetch_octet<kWide>(static_cast<const B*>(a.bias), place.octet, width, a.bias != nullptr);
   for (int64_t first = place.part * kForwardRows; first < a.rows; first += parts * kForwardRows) {
     Packed<T> x[kForwardRows];
 #pragma unroll
@@ -47,6 +45,8 @@ __global__ void __launch_bounds__(kBlock, kForwardBlocks<T, kWide>) forward_kern
       const T* row = static_cast<const T*>(a.x) + (first + i) * a.x_stride;
       x[i] = fetch_octet<kWide>(row, place.octet, width, first + i < a.rows);
     }
+    const Packed<B> bias =
+        fetch_octet<kWide>(static_cast<const B*>(a.bias), place.octet, width, a.bias != nullptr);
 #pragma unroll
     for (int i = 0; i < kForwardRows; ++i) {
       Octet out = unpack(x[i]);
