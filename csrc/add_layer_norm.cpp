@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dx = new_rows(x, rows, width), dresidual = new_rows(residual, one_gradient ? 0 : rows, width);
   Tensor dweight = new_vector(residual, width), dbias = new_vector(residual, width);
   Tensor dinput_bias = new_vector(residual, input_bias ? width : 0);
-  const int64_t parts = parts_of(rows, x);
+  const int64_t parts = parts_of(rows, kNormParts, x);
   Tensor partials = new_floats(residual, parts * kNormSums * width);
   arguments.grad = adjacent_grad.const_data_ptr();
   arguments.grad_stride = adjacent_grad.stride(0);

@@ -8,6 +8,8 @@ namespace blip2_kernels {
 
 constexpr int64_t kMaxNormWidth = 4096;
 constexpr int kNormSums = 3;  // gradients that are sums over rows: weight, bias, input_bias
+// Blocks of the backward on CUDA, a part each: four on each of the 132 multiprocessors of an H100 or H200.
+constexpr int64_t kNormParts = 4 * 132;
 
 // Tensors are [rows, width]; vectors [width]; strides count elements; channels are adjacent everywhere.
 struct AddLayerNorm {

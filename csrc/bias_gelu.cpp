@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const O
   const Tensor adjacent_grad = with_adjacent_channels(grad);
   Tensor dx = new_rows(x, arguments.rows, arguments.width);
   Tensor dbias = new_vector(bias ? *bias : x, bias ? arguments.width : 0);
-  arguments.parts = parts_of(arguments.rows, x);
+  arguments.parts = parts_of(arguments.rows, gelu_parts(arguments.width), x);
   Tensor partials = new_floats(x, bias ? arguments.parts * arguments.width : 0);
   arguments.grad = adjacent_grad.const_data_ptr();
   arguments.grad_stride = adjacent_grad.stride(0);

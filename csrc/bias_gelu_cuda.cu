@@ -1,4 +1,4 @@
-// bias_gelu on CUDA: a warp owns 32 octets of channels and goes down a part of the rows.
+// bias_gelu on CUDA: a warp owns 32 octets of channels and goes down some rows, several at a time.
 #include "bias_gelu.h"
 
 #include "cuda_sums.h"
@@ -6,8 +6,22 @@
 namespace blip2_kernels {
 namespace {
 
-constexpr int kWarps = 4;            // of a block, one part each
+constexpr int kWarps = 4;  // of a block
+constexpr int kBlock = kWarp * kWarps;
 constexpr int64_t kMaxGrid = 65535;  // blocks along y
+constexpr int kForwardRows = 4;      // that a warp has under way at once
+constexpr int kBackwardRows = 2;
+
+// Blocks that a multiprocessor shall hold: the registers of a thread are bounded so.
+template <class T, bool kWide>
+constexpr int kForwardBlocks = !kWide ? 4 : sizeof(T) == 2 ? 8 : 5;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T, bool kWide>
+constexpr int kBackwardBlocks = kWide ? 5 : 4;  // arithmetic on pairs of floats takes more registers
+#else
+template <class T, bool kWide>
+constexpr int kBackwardBlocks = kForwardBlocks<T, kWide>;
+#endif
 
 struct Place {
   int octet;
@@ -18,42 +32,65 @@ struct Place {
   }
 };
 
-template <class T, class B>
-__global__ void __launch_bounds__(kWarp * kWarps) forward_kernel(BiasGeluForward a, int64_t parts, bool wide) {
+// Parts are of kForwardRows rows; a warp goes through every `parts`-th.
+template <class T, class B, bool kWide>
+__global__ void __launch_bounds__(kBlock, kForwardBlocks<T, kWide>) forward_kernel(BiasGeluForward a, int64_t parts) {
   const Place place = Place::here();
   const int width = int(a.width);
-  if (place.octet >= octets_of(width) || place.part >= parts) return;
-  const bool biased = a.bias != nullptr;
-  const B* bias_row = static_cast<const B*>(a.bias);
-  const Octet bias = biased ? load_octet(bias_row, place.octet, width, wide) : zero_octet();
-  const int64_t last = first_row_of_part(place.part + 1, parts, a.rows);
-  for (int64_t row = first_row_of_part(place.part, parts, a.rows); row < last; ++row) {
-    Octet x = load_octet(static_cast<const T*>(a.x) + row * a.x_stride, place.octet, width, wide);
+  if (place.octet >= octets_of(width)) return;
+  for (int64_t first = place.part * kForwardRows; first < a.rows; first += parts * kForwardRows) {
+    Packed<T> x[kForwardRows];
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) x.value[lane] = gelu(x.value[lane] + bias.value[lane]);
-    store_octet(static_cast<T*>(a.out) + row * a.width, place.octet, width, wide, x);
+    for (int i = 0; i < kForwardRows; ++i) {
+      const T* row = static_cast<const T*>(a.x) + (first + i) * a.x_stride;
+      x[i] = fetch_octet<kWide>(row, place.octet, width, first + i < a.rows);
+    }
+    const Packed<B> bias =
+        fetch_octet<kWide>(static_cast<const B*>(a.bias), place.octet, width, a.bias != nullptr);
+#pragma unroll
+    for (int i = 0; i < kForwardRows; ++i) {
+      Octet out = unpack(x[i]);
+      add_to(out, unpack(bias));
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) out.value[lane] = gelu(out.value[lane]);
+      if (first + i < a.rows)
+        store_octet<kWide>(static_cast<T*>(a.out) + (first + i) * a.width, place.octet, width, out);
+    }
   }
 }
 
-template <class T, class B>
-__global__ void __launch_bounds__(kWarp * kWarps) backward_kernel(BiasGeluBackward a, bool wide) {
+template <class T, class B, bool kWide>
+__global__ void __launch_bounds__(kBlock, kBackwardBlocks<T, kWide>) backward_kernel(BiasGeluBackward a) {
   const Place place = Place::here();
   const int width = int(a.width);
   if (place.octet >= octets_of(width) || place.part >= a.parts) return;
-  const bool biased = a.bias != nullptr;
-  const B* bias_row = static_cast<const B*>(a.bias);
-  const Octet bias = biased ? load_octet(bias_row, place.octet, width, wide) : zero_octet();
   Octet sum = zero_octet();
   const int64_t last = first_row_of_part(place.part + 1, a.parts, a.rows);
-  for (int64_t row = first_row_of_part(place.part, a.parts, a.rows); row < last; ++row) {
-    const Octet x = load_octet(static_cast<const T*>(a.x) + row * a.x_stride, place.octet, width, wide);
-    Octet d = load_octet(static_cast<const T*>(a.grad) + row * a.grad_stride, place.octet, width, wide);
+  for (int64_t first = first_row_of_part(place.part, a.parts, a.rows); first < last; first += kBackwardRows) {
+    // Read again every time, out of the first-level cache: registers are scarcer.
+    const Packed<B> bias =
+        fetch_octet<kWide>(static_cast<const B*>(a.bias), place.octet, width, a.bias != nullptr);
+    Packed<T> x[kBackwardRows], grad[kBackwardRows];
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) d.value[lane] *= gelu_gradient(x.value[lane] + bias.value[lane]);
-    store_octet(static_cast<T*>(a.dx) + row * a.width, place.octet, width, wide, d);
-    add_to(sum, d);
+    for (int i = 0; i < kBackwardRows; ++i) {
+      const int64_t row = first + i;
+      const bool there = row < last;
+      x[i] = fetch_octet<kWide>(static_cast<const T*>(a.x) + row * a.x_stride, place.octet, width, there);
+      grad[i] = fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, place.octet, width, there);
+    }
+#pragma unroll
+    for (int i = 0; i < kBackwardRows; ++i) {
+      Octet given = unpack(x[i]), d = unpack(grad[i]);
+      add_to(given, unpack(bias));
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) d.value[lane] *= gelu_gradient(given.value[lane]);
+      if (first + i < last) {
+        store_octet<kWide>(static_cast<T*>(a.dx) + (first + i) * a.width, place.octet, width, d);
+        add_to(sum, d);
+      }
+    }
   }
-  if (biased) store_octet(a.partials + place.part * a.width, place.octet, width, wide, sum);
+  if (a.dbias != nullptr) store_octet<kWide>(a.partials + place.part * a.width, place.octet, width, sum);
 }
 
 dim3 grid_of(int64_t width, int64_t parts) {
@@ -71,9 +108,11 @@ const char* bias_gelu_cuda(const BiasGeluForward& a, void* stream) {
   const char* error = nullptr;
   with_gelu_formats(a, [&]<class T, class B>() {
     const bool wide = all_wide<T, B>(a) && is_wide<T>(a.out, a.width);
-    int64_t parts = (a.rows + 3) / 4;  // four rows a warp: the bias is worth keeping, the GPU is full
-    if (parts > kMaxGrid * kWarps) parts = kMaxGrid * kWarps;
-    error = launch(forward_kernel<T, B>, grid_of(a.width, parts), dim3(kWarp * kWarps), stream, a, parts, wide);
+    const dim3 grid = grid_of(a.width, (a.rows + kForwardRows - 1) / kForwardRows);
+    const dim3 bounded(grid.x, grid.y < kMaxGrid ? grid.y : unsigned(kMaxGrid));
+    const int64_t parts = int64_t(bounded.y) * kWarps;
+    const auto kernel = wide ? forward_kernel<T, B, true> : forward_kernel<T, B, false>;
+    error = launch(kernel, bounded, dim3(kBlock), stream, a, parts);
   });
   return error;
 }
@@ -86,10 +125,8 @@ const char* bias_gelu_backward_cuda(const BiasGeluBackward& given, void* stream)
     if (a.parts > kMaxGrid * kWarps) a.parts = kMaxGrid * kWarps;
     const bool wide = all_wide<T, B>(a) && is_wide<T>(a.grad, a.grad_stride) && is_wide<T>(a.dx, a.width) &&
         is_wide<float>(a.partials, a.width);
-    if (a.parts > 0) {
-      const dim3 grid = grid_of(a.width, a.parts);
-      error = launch(backward_kernel<T, B>, grid, dim3(kWarp * kWarps), stream, a, wide);
-    }
+    const auto kernel = wide ? backward_kernel<T, B, true> : backward_kernel<T, B, false>;
+    if (a.parts > 0) error = launch(kernel, grid_of(a.width, a.parts), dim3(kBlock), stream, a);
     if (error == nullptr && a.dbias != nullptr)
       error = sum_parts<B>({a.partials, a.parts, 1, a.width, {a.dbias}}, stream);
   });

@@ -15,19 +15,26 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// The sum over the kThreads threads of a row, the same in each: one warp, or the whole block, which brings
-// memory for a number a warp. Between two calls with the same memory the threads must have met.
-template <int kThreads>
-__device__ __forceinline__ float row_sum(float value, float* memory) {
-  value = warp_sum(value);
-  if constexpr (kThreads > kWarp) {
-    if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    value = 0.0f;
+// Sums over the kThreads threads of a row, the same in each: a warp, or several, which bring memory for kCount
+// numbers a warp of the block. All threads of the block take part, and between two calls with the same memory they
+// must have met.
+template <int kThreads, int kCount>
+__device__ __forceinline__ void sum_over_row(float (&values)[kCount], float (*memory)[kCount]) {
 #pragma unroll
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) value += memory[warp];
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i]);
+  if constexpr (kThreads > kWarp) {
+    if (threadIdx.x % kWarp == 0)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) memory[threadIdx.x / kWarp][i] = values[i];
+    __syncthreads();
+    const int first = threadIdx.x / kThreads * (kThreads / kWarp);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = memory[first][i];
+#pragma unroll
+      for (int warp = 1; warp < kThreads / kWarp; ++warp) values[i] += memory[first + warp][i];
+    }
   }
-  return value;
 }
 
 // Sums of parts: `count` vectors of `width` floats a part.
@@ -39,15 +46,17 @@ struct PartSums {
   void* sums[3];  // [width] each; null ones are left out
 };
 
-constexpr int kSlices = 8;  // threads that share the parts of a column
+constexpr int kColumns = 16;  // of a block
+constexpr int kSlices = 32;   // threads that share the parts of a column
+constexpr int kBatch = 8;     // loads of a thread that are under way at once
 
-// Grid: columns of a warp × vectors. A block owns 32 columns of one vector: slices of the parts are added up in
-// order, then the slices.
+// Grid: groups of kColumns columns × vectors. A block owns such a group of one vector: slices of the parts are added
+// up in order, then the slices, by pairs.
 template <class T>
-__global__ void sum_parts_kernel(PartSums a) {
-  __shared__ float slices[kSlices][kWarp];
-  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
-  const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
+__global__ void __launch_bounds__(kColumns * kSlices) sum_parts_kernel(PartSums a) {
+  __shared__ float slices[kSlices][kColumns];
+  const int lane = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
+  const int64_t column = int64_t(blockIdx.x) * kColumns + lane;
   // Chosen, not indexed: parameters that are indexed at run time are copied to the stack.
   void* const chosen = blockIdx.y == 0 ? a.sums[0] : blockIdx.y == 1 ? a.sums[1] : a.sums[2];
   T* out = static_cast<T*>(chosen);
@@ -55,25 +64,33 @@ __global__ void sum_parts_kernel(PartSums a) {
   if (out != nullptr && column < a.width) {
     const float* partials = a.partials + blockIdx.y * a.width + column;
     const int64_t last = first_row_of_part(slice + 1, kSlices, a.parts);
-    for (int64_t part = first_row_of_part(slice, kSlices, a.parts); part < last; ++part) {
-      const float summand = partials[part * a.count * a.width] - lost;
-      const float next = sum + summand;
-      lost = (next - sum) - summand;
-      sum = next;
+    for (int64_t part = first_row_of_part(slice, kSlices, a.parts); part < last; part += kBatch) {
+      float summands[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        summands[i] = part + i < last ? partials[(part + i) * a.count * a.width] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float summand = summands[i] - lost;
+        const float next = sum + summand;
+        lost = (next - sum) - summand;
+        sum = next;
+      }
     }
   }
   slices[slice][lane] = sum;
-  __syncthreads();
-  if (slice == 0 && out != nullptr && column < a.width) {
-    for (int other = 1; other < kSlices; ++other) sum += slices[other][lane];
-    out[column] = from_float<T>(sum);
+#pragma unroll
+  for (int half = kSlices / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (slice < half) slices[slice][lane] += slices[slice + half][lane];
   }
+  if (slice == 0 && out != nullptr && column < a.width) out[column] = from_float<T>(slices[0][lane]);
 }
 
 template <class T>
 const char* sum_parts(const PartSums& a, void* stream) {
-  const dim3 grid(unsigned((a.width + kWarp - 1) / kWarp), unsigned(a.count));
-  return launch(sum_parts_kernel<T>, grid, dim3(kWarp * kSlices), stream, a);
+  const dim3 grid(unsigned((a.width + kColumns - 1) / kColumns), unsigned(a.count));
+  return launch(sum_parts_kernel<T>, grid, dim3(kColumns * kSlices), stream, a);
 }
 
 }  // namespace blip2_kernels

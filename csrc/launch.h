@@ -19,12 +19,13 @@ constexpr bool kCudaOnHost = true;
 constexpr bool kCudaOnHost = false;
 #endif
 
-// How many parts the rows fall into, for sums over them (row_sums.h): enough to keep a machine busy, and of no more
-// than 64 rows, since an error grows with the rows that are added one after the other. A function of the shape and
-// the kind of device alone.
-inline int64_t parts_of(int64_t rows, const Tensor& beside) {
-  const int64_t least = beside.is_cpu() && !kCudaOnHost ? 64 : 512;
-  return std::min(rows, std::max(least, (rows + 63) / 64));
+// How many parts the rows fall into, for sums over them (row_sums.h): enough to keep a machine busy, which for CUDA is
+// given, but there of 4 rows at least, and of no more than 64, since an error grows with the rows that are added one
+// after the other. A function of the shape and the kind of device alone.
+inline int64_t parts_of(int64_t rows, int64_t enough_for_cuda, const Tensor& beside) {
+  const bool on_cpu = beside.is_cpu() && !kCudaOnHost;
+  const int64_t enough = on_cpu ? std::min<int64_t>(rows, 64) : std::min((rows + 3) / 4, enough_for_cuda);
+  return std::max(enough, (rows + 63) / 64);
 }
 
 inline void check_launch(const char* error) {

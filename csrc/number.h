@@ -68,6 +68,43 @@ HOST_DEVICE Half from_float<Half>(float value) {
 #endif
 }
 
+// Two numbers in half precision that lie in one word, the first in its low half.
+template <class T>
+HOST_DEVICE float first_of(uint32_t word) {
+  return to_float(T(uint16_t(word)));
+}
+
+template <class T>
+HOST_DEVICE float second_of(uint32_t word) {
+  return to_float(T(uint16_t(word >> 16)));
+}
+
+template <>
+HOST_DEVICE float second_of<BFloat16>(uint32_t word) {
+  return bit_cast<float>(word & 0xffff0000u);
+}
+
+template <class T>
+HOST_DEVICE uint32_t word_of(float first, float second) {
+  return uint32_t(from_float<T>(first)) | uint32_t(from_float<T>(second)) << 16;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <>
+HOST_DEVICE uint32_t word_of<BFloat16>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+template <>
+HOST_DEVICE uint32_t word_of<Half>(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+#endif
+
 enum class Format : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
 
 // Calls run.operator()<T>() with the type of a format.

@@ -1,6 +1,7 @@
 // What a function needs to be compiled for the host and for the device alike. Nothing here includes torch.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -21,6 +22,14 @@ HOST_DEVICE To bit_cast(From from) {
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
+}
+
+HOST_DEVICE float reciprocal_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return rsqrtf(x);  // 2 units in the last place
+#else
+  return 1.0f / sqrtf(x);
+#endif
 }
 
 // A product that is rounded wherever it stands, never fused with a sum behind it: a backward that computes again

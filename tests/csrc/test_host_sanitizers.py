@@ -9,7 +9,7 @@ from harness import host_build
 
 pytestmark = pytest.mark.slow
 
-BARRIER = "    if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = value;\n    __syncthreads();\n"
+BARRIER = "memory[threadIdx.x / kWarp][i] = values[i];\n    __syncthreads();\n"
 OVERRUN = "if (octet * kLanes + lane < width) data[lane] = from_float<T>(given.value[lane]);"
 FAULTS = {
     "a removed barrier": ("cuda_sums.h", BARRIER, BARRIER.replace("    __syncthreads();\n", "")),
