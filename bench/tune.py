@@ -118,6 +118,12 @@ TARGETS: dict[str, Target] = {
         grid(_tile, (64, 128), (32, 64, 128), (4, 8), (1, 2)),
         backward=True,
     ),
+    "cross backward dropped": Target(
+        ("cross-64x257-by-3-dropout",),
+        table(cross.BACKWARD_SHARED),
+        grid(_tile, (128,), (32, 64), (4, 8), (1, 2)),
+        backward=True,
+    ),
     "cross backward keys": Target(
         ("cross-64x257-by-3", "cross-1x257-by-128"),
         table(cross.BACKWARD_KEYS),
