@@ -47,11 +47,11 @@ struct PartSums {
 };
 
 constexpr int kColumns = 16;  // of a block
-constexpr int kSlices = 32;   // threads that share the parts of a column
-constexpr int kBatch = 8;     // loads of a thread that are under way at once
+constexpr int kSlices = 16;   // threads that share the parts of a column
+constexpr int kBatch = 16;    // loads of a thread that are under way at once
 
 // Grid: groups of kColumns columns × vectors. A block owns such a group of one vector: slices of the parts are added
-// up in order, then the slices, by pairs.
+// up in order, then the slices.
 template <class T>
 __global__ void __launch_bounds__(kColumns * kSlices) sum_parts_kernel(PartSums a) {
   __shared__ float slices[kSlices][kColumns];
@@ -62,29 +62,31 @@ __global__ void __launch_bounds__(kColumns * kSlices) sum_parts_kernel(PartSums 
   T* out = static_cast<T*>(chosen);
   float sum = 0.0f, lost = 0.0f;  // what rounding took from the sum is added to the next summand
   if (out != nullptr && column < a.width) {
-    const float* partials = a.partials + blockIdx.y * a.width + column;
-    const int64_t last = first_row_of_part(slice + 1, kSlices, a.parts);
-    for (int64_t part = first_row_of_part(slice, kSlices, a.parts); part < last; part += kBatch) {
+    const int64_t stride = a.count * a.width, last = first_row_of_part(slice + 1, kSlices, a.parts);
+    int64_t part = first_row_of_part(slice, kSlices, a.parts);
+    const float* next = a.partials + part * stride + blockIdx.y * a.width + column;
+    const auto add = [&](float given) {
+      const float summand = given - lost, larger = sum + summand;
+      lost = (larger - sum) - summand;
+      sum = larger;
+    };
+    for (; part + kBatch <= last; part += kBatch) {
       float summands[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        summands[i] = part + i < last ? partials[(part + i) * a.count * a.width] : 0.0f;
+      for (int i = 0; i < kBatch; ++i, next += stride) summands[i] = *next;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const float summand = summands[i] - lost;
-        const float next = sum + summand;
-        lost = (next - sum) - summand;
-        sum = next;
-      }
+      for (int i = 0; i < kBatch; ++i) add(summands[i]);
     }
+#pragma unroll 4
+    for (; part < last; ++part, next += stride) add(*next);
   }
   slices[slice][lane] = sum;
+  __syncthreads();
+  if (slice == 0 && out != nullptr && column < a.width) {
 #pragma unroll
-  for (int half = kSlices / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (slice < half) slices[slice][lane] += slices[slice + half][lane];
+    for (int other = 1; other < kSlices; ++other) sum += slices[other][lane];
+    out[column] = from_float<T>(sum);
   }
-  if (slice == 0 && out != nullptr && column < a.width) out[column] = from_float<T>(slices[0][lane]);
 }
 
 template <class T>
