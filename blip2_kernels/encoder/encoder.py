@@ -120,7 +120,7 @@ class FusedEncoder:
         if not isinstance(work, Workload):
             raise TypeError(f"work: expected a Workload, got {describe(work)}")
         architecture = self.architecture
-        how = dict(prepared=self._cache is not None, on_cpu=self._on_cpu)
+        how = dict(prepared=self._cache is not None, device_type=self._device_type)
         lines = [table(architecture, work, self.plan.decisions(work, architecture, **how))]
         for number, layer in enumerate(self.qformer.encoder.layer):
             reason = bypass_reason(layer)
@@ -151,13 +151,13 @@ class FusedEncoder:
 
     @property
     def _join(self) -> Join | None:
-        how = (torch.is_grad_enabled(), self._cache is not None, self._on_cpu)
+        how = (torch.is_grad_enabled(), self._cache is not None, self._device_type)
         applies = self.plan.joined_projections(*how).applies
         return self._cache.joined if applies and self._cache is not None else None
 
     @property
-    def _on_cpu(self) -> bool:
-        return self.qformer.encoder.layer[0].attention.attention.query.weight.device.type == "cpu"
+    def _device_type(self) -> str:
+        return self.qformer.encoder.layer[0].attention.attention.query.weight.device.type
 
     # --------------------------------------------------------------------------------------------- the images
 
@@ -236,7 +236,7 @@ class FusedEncoder:
         work = Workload(
             0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients
         )
-        return self.plan.absorbed(work, self.architecture, hinder).applies
+        return self.plan.absorbed(work, self.architecture, hinder, self._device_type).applies
 
     def _project(self, layer: nn.Module, features: ImageFeatures) -> KeyValues | None:
         """A layer's keys and values; None where it has none or is called whole."""

@@ -20,6 +20,7 @@ STOCK = (
 )
 """Where the classes of Q-Former layers that this encoder knows are defined."""
 
+
 def _touched(module: nn.Module) -> str | None:
     own = module.__dict__
     if "forward" in own:

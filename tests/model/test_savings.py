@@ -17,6 +17,7 @@ from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig, LlamaCon
 
 from blip2_kernels import layout as layout_module
 from blip2_kernels.encoder import Saving
+from blip2_kernels.encoder.plan import Architecture, Plan, Workload
 from blip2_kernels.model.generation import Blip2ForConditionalGeneration, Blip2GenerationConfig
 from blip2_kernels.model.retrieval import Blip2ForImageTextRetrieval
 
@@ -236,6 +237,15 @@ def test_the_absorbed_form_is_taken_where_it_is_cheaper(monkeypatch):
     with torch.enable_grad():
         encoder.force(absorbed_cross_attention=None)
         assert not absorbed(2)
+
+
+def test_a_gpu_takes_the_absorbed_form_only_where_it_is_much_cheaper():
+    plan, qformer = Plan(), Architecture(768, 3072, 12, (True, False) * 6, 1408)
+    read = Workload(8, 32, images=8, image_tokens=257)
+    assert plan.absorbed(read, qformer, device_type="cpu").applies
+    assert not plan.absorbed(read, qformer, device_type="cuda").applies
+    few = Workload(8, 2, images=8, image_tokens=257)
+    assert plan.absorbed(few, qformer, device_type="cuda").applies
 
 
 def test_a_saving_that_is_forced_off_is_off():

@@ -36,14 +36,14 @@ def one_tile_rows(dtype: torch.dtype, head_dim: int) -> int:
 
 
 ONE_TILE_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
-"""By the longer side of the tile: about a fixed number of scores a thread."""
+"""By the longer side of the larger tile: about a fixed number of scores a thread."""
 
 
 @cache
-def one_tile_config(tile: Tiles, dtype: torch.dtype) -> Config:
-    """The configuration of the kernels for a part that is one tile: the tile is its own, not a choice."""
-    warps = 4 if dtype == torch.float32 else ONE_TILE_WARPS[max(tile)]
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "TEXT_M": tile.rows, "TEXT_N": tile.keys}
+def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config:
+    """The configuration of the kernels for samples that are one tile: the tile is theirs, not a choice."""
+    warps = 4 if dtype == torch.float32 else ONE_TILE_WARPS[max(*joint, *unimodal)]
+    blocks = {"BLOCK_M": joint.rows, "BLOCK_N": joint.keys, "TEXT_M": unimodal.rows, "TEXT_N": unimodal.keys}
     return Config.of(warps, 1, **blocks)
 
 
@@ -51,7 +51,7 @@ def one_tile_config(tile: Tiles, dtype: torch.dtype) -> Config:
 def one_tile_backward(tile: Config, dtype: torch.dtype, head_dim: int, architecture: int) -> Config:
     """The same for the backward, which takes the tile's attending rows in slices of SLICE: what has a score
     for each is in registers for one slice at a time."""
-    slice_rows, warps = tile["BLOCK_M"], tile.num_warps
+    slice_rows, warps = max(tile["BLOCK_M"], tile["TEXT_M"]), tile.num_warps
     if dtype == torch.float32:
         slice_rows = SMALLEST_TILE
     elif head_dim > 64:

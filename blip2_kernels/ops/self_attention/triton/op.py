@@ -149,25 +149,22 @@ _LAYOUT = (
 )
 
 
-class _Launch(NamedTuple):
-    """A kernel's compiled-in side.
+class _Plan(NamedTuple):
+    """What a launch needs to know of a shape.
 
     Attributes:
-        constants: its constexprs.
-        tile: the configuration where each sample's part is one tile, or None where it goes by blocks, of
-            which there are tables.
+        tile: the configuration of the kernels for samples that are one tile, or None where they go by blocks.
+        constants: constexprs of the kernels.
     """
 
-    constants: dict[str, Any]
     tile: launching.Config | None
+    constants: dict[str, Any]
 
 
 @lru_cache(maxsize=4096)
 def _plan(
     shape: Sizes, dtype: torch.dtype, head_dim: int, dropout: bool, wide: bool, precision: str, backward: bool
-) -> tuple[_Launch, ...]:
-    """What is launched for a shape: by blocks, one kernel for both parts; as tiles, one for each part. A text
-    needs few warps, and as part of the other's kernel it would occupy as many as that."""
+) -> _Plan:
     one_tile = shape.one_tile(dtype, head_dim)
     joint = shape.q_queries > 0 or shape.q_longest > 0
     unimodal = shape.unimodal_q_longest > 0
@@ -188,15 +185,13 @@ def _plan(
     }
     if not backward:
         constants["ONE_TILE"] = one_tile
-    if not one_tile:
-        return (_Launch(constants, None),)
-    joint_tile, text_tile = (launch.one_tile_config(tile, dtype) for tile in shape.tiles())
-    plan = []
-    if joint:
-        plan.append(_Launch({**constants, "UNIMODAL": False}, joint_tile))
-    if unimodal:
-        plan.append(_Launch({**constants, "JOINT": False, "TEXT": True, "CAUSAL": False}, text_tile))
-    return tuple(plan)
+    return _Plan(launch.one_tile_config(*shape.tiles(), dtype) if one_tile else None, constants)
+
+
+def _configs(plan: _Plan, table: launching.LaunchTable, q: Tensor) -> tuple[launching.Config, ...]:
+    if plan.tile is not None:
+        return (plan.tile,)
+    return table.configs(launching.architecture(q.device), launch.block_key(q.dtype, q.shape[2]))
 
 
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor]:
@@ -206,21 +201,19 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
     plan = _plan(sizes.shape(), *kind, False)
     numbers = (*sizes.places(), *launching.strides(q, k, v), scale * LOG2_E, *_dropout(dropout, layer))
 
-    from .forward import forward_kernel
+    def run(config: launching.Config) -> tuple[Tensor, Tensor]:
+        from .forward import forward_kernel
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = _kept(q, sizes, all(each.tile is not None for each in plan))
-    for constants, tile in plan:
-        # A launch that does not fit writes nothing; the smaller one that follows writes every row.
-        def run(config: launching.Config, constants: dict = constants) -> None:
-            joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"]) if constants["JOINT"] else 0
-            text = _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"]) if constants["UNIMODAL"] else 0
-            args = (q, k, v, out, _or_none(lse), *rows, key, heads, joint, *numbers)
-            launching.launch(forward_kernel, (sizes.samples * heads, joint + text), args, constants, config)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = _kept(q, sizes, plan.tile is not None)
+        joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
+        blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
+        args = (q, k, v, out, _or_none(lse), *rows, key, heads, joint, *numbers)
+        launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, plan.constants, config)
+        return out, lse
 
-        configs = (tile,) if tile is not None else _table(launch.FORWARD, q)
-        launching.first_that_fits("self_attention", q.device, configs, run)
-    return out, lse
+    configs = _configs(plan, launch.FORWARD, q)
+    return launching.first_that_fits("self_attention", q.device, configs, run)
 
 
 def _run_backward(
@@ -241,38 +234,32 @@ def _run_backward(
     numbers = (*sizes.places(), *launching.strides(q, k, v, grad), scale, scale * LOG2_E)
     numbers = (*numbers, *_dropout(dropout, layer))
 
-    from .backward import backward_keys_kernel, backward_rows_kernel, backward_tile_kernel
+    def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
+        from .backward import backward_keys_kernel, backward_rows_kernel, backward_tile_kernel
 
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    programs = sizes.samples * heads
-    for constants, tile in plan:
-
-        def run_tile(config: launching.Config, constants: dict = constants) -> None:
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        programs = sizes.samples * heads
+        if plan.tile is not None:
             args = (q, k, v, grad, dq, dk, dv, *rows, key, heads, *numbers)
-            launching.launch(backward_tile_kernel, (programs,), args, constants, config)
+            parts = plan.constants["JOINT"] + plan.constants["UNIMODAL"]
+            launching.launch(backward_tile_kernel, (programs, parts), args, plan.constants, config)
+            return dq, dk, dv
+        inputs = (q, k, v, grad, lse, torch.empty_like(lse))
+        joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
+        blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
+        args = (*inputs, dq, *rows, key, heads, joint, *numbers)
+        launching.launch(backward_rows_kernel, (programs, blocks), args, plan.constants, config)
+        joint = _blocks(sizes.kv_queries, sizes.kv_longest, config["BLOCK_N"])
+        blocks = joint + _blocks(0, sizes.unimodal_kv_longest, config["BLOCK_N"])
+        args = (*inputs, dk, dv, *rows, key, heads, joint, *numbers)
+        launching.launch(backward_keys_kernel, (programs, blocks), args, plan.constants, config)
+        return dq, dk, dv
 
-        def run_blocks(config: launching.Config, constants: dict = constants) -> None:
-            inputs = (q, k, v, grad, lse, torch.empty_like(lse))
-            joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
-            blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
-            args = (*inputs, dq, *rows, key, heads, joint, *numbers)
-            launching.launch(backward_rows_kernel, (programs, blocks), args, constants, config)
-            joint = _blocks(sizes.kv_queries, sizes.kv_longest, config["BLOCK_N"])
-            blocks = joint + _blocks(0, sizes.unimodal_kv_longest, config["BLOCK_N"])
-            args = (*inputs, dk, dv, *rows, key, heads, joint, *numbers)
-            launching.launch(backward_keys_kernel, (programs, blocks), args, constants, config)
-
-        if tile is None:
-            configs, run = _table(launch.BACKWARD, q), run_blocks
-        else:
-            architecture = launching.architecture(q.device)
-            configs, run = (launch.one_tile_backward(tile, q.dtype, head_dim, architecture),), run_tile
-        launching.first_that_fits("self_attention_backward", q.device, configs, run)
-    return dq, dk, dv
-
-
-def _table(table: launching.LaunchTable, q: Tensor) -> tuple[launching.Config, ...]:
-    return table.configs(launching.architecture(q.device), launch.block_key(q.dtype, q.shape[2]))
+    if plan.tile is None:
+        configs = _configs(plan, launch.BACKWARD, q)
+    else:
+        configs = (launch.one_tile_backward(plan.tile, q.dtype, head_dim, launching.architecture(q.device)),)
+    return launching.first_that_fits("self_attention_backward", q.device, configs, run)
 
 
 def _kept(q: Tensor, sizes: Sizes, one_tile: bool) -> Tensor:
