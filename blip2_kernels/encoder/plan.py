@@ -39,8 +39,8 @@ class Saving(enum.StrEnum):
 
 WORTH_ABSORBING = 3
 """How many times fewer FLOPs the absorbed form of cross-attention must have on a GPU. Its products are
-narrower, and what it writes between them is heads times as wide as keys and values: on an H200, with 32 queries
-in bf16, a pass takes 1.2 to 1.6 times as long in this form at 257 tokens (0.8 times the FLOPs), 1.15 times at
+narrower, and what it writes between them is heads times as wide as keys and values: on an H200, 32 queries
+in bf16 take 1.2 to 1.6 times as long in this form at 257 tokens (0.8 times the FLOPs), 1.15 times at
 677 (0.65)."""
 
 
