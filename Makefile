@@ -23,7 +23,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-kernels mutants bench lint format clean FORCE
+.PHONY: help demo test test-quick test-kernels mutants bench gpu-report lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,8 @@ help:
 	@echo "                 no GPU (about half an hour), and every configuration against its compile budget"
 	@echo "make mutants     plant small faults in the kernels, one by one, and see the tests catch them"
 	@echo "make bench       time the attention backends against each other, after checking that they agree"
+	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
+	@echo "                 CUDA extension, tests, measures, writes bench/results (ARGS=--full for all of it)"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
 	@echo "make clean       remove $(VENV) and the caches (runs/ stays)"
@@ -64,6 +66,10 @@ mutants: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@echo "== bench: attention backends; a wrong result fails and is not timed"
 	@$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+gpu-report:
+	@echo "== gpu-report: installs this checkout in the environment of $(PYTHON)"
+	@$(PYTHON) bench/gpu_report.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "== lint: ruff check, ruff format --check, mypy"
