@@ -191,12 +191,34 @@ def kernel_table(path: Path) -> list[str]:
     return lines
 
 
+def model_table(path: Path) -> list[str]:
+    """Rows of the models' part as a Markdown table."""
+    lines = [
+        "| case | peer | loop ms [p20, p80] | device ms | host ms | peak MiB | kernels | remark |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, rows in json.loads(path.read_text())["cases"].items():
+        if isinstance(rows, str):
+            lines.append(f"| {case} | | | | | | | {rows} |")
+            continue
+        for row in rows:
+            times = [
+                _milliseconds(row[kind]) if isinstance(row[kind], dict) else ""
+                for kind in ("eager", "device", "host")
+            ]
+            peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+            launches = "" if row["launches"] is None else str(row["launches"])
+            cells = [case, row["peer"], *times, peak, launches, row["failure"] or ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def write_report(settings: Settings) -> Path:
     """Write report.md of whatever parts there are."""
-    lines = [f"# {torch.cuda.get_device_name()}", ""]
-    path = settings.results / "kernels.json"
-    if path.is_file():
-        head = json.loads(path.read_text())["about"]
+    kernels_json, models_json = (settings.results / f"{name}.json" for name in ("kernels", "models"))
+    lines = [f"# {settings.results.name}", ""]
+    if kernels_json.is_file():
+        head = json.loads(kernels_json.read_text())["about"]
         roofline = head.pop("roofline")
         lines += [f"- {name}: {value}" for name, value in head.items()]
         lines += [
@@ -206,14 +228,13 @@ def write_report(settings: Settings) -> Path:
     for part in ("doctor", "tests", "sanitizer"):
         log = settings.log(part)
         if log.is_file():
-            text = log.read_text().strip().splitlines()
+            text = log.read_text().rstrip().splitlines()
             if part != "doctor":
                 text = [line for line in text if re.search(r"passed|failed|^FAILED", line)] or text[-1:]
             lines += ["", f"## {part}", "", "```", *text, "```"]
-    if path.is_file():
-        lines += ["", "## kernels", "", *kernel_table(path)]
-    if settings.log("models").is_file():
-        lines += ["", "## models", "", "```", settings.log("models").read_text().strip(), "```"]
+    for name, path, table in (("kernels", kernels_json, kernel_table), ("models", models_json, model_table)):
+        if path.is_file():
+            lines += ["", f"## {name}", "", *table(path)]
     report = settings.results / "report.md"
     report.write_text("\n".join(lines) + "\n")
     return report

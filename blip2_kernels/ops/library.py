@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("blip2_kernels", "FRAGMENT")
@@ -95,11 +94,21 @@ def _function(
         gradient.save(ctx, arguments, outputs)
         return outputs
 
-    members = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(gradient.backward)),
-    }
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        differentiated_again = torch.is_grad_enabled()
+        with torch.no_grad():
+            outputs = gradient.backward(ctx, *grads)
+        return _once(name, outputs) if differentiated_again else outputs
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
+
+
+def _once(name: str, outputs: tuple) -> Any:
+    """Gradients that raise where they are differentiated: what flows back would be lost in silence."""
+    message = f"blip2_kernels::{name} has no gradient of its gradient"
+    leaves = [None if t is None else t.detach().requires_grad_() for t in outputs]
+    return torch._C._functions.DelayedError(message, len(leaves))(*leaves)
 
 
 def _watched(arguments: tuple) -> bool:
