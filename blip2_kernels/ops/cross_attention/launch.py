@@ -54,7 +54,7 @@ FORWARD = LaunchTable(
 BACKWARD_SHARED = LaunchTable(
     {
         ("half", "narrow"): (_tile(128, 64, 8, 2), _tile(64, 32, 4, 1)),
-        ("half", "wide"): (_tile(64, 32, 8, 1), _tile(32, 32, 8, 1)),
+        ("half", "wide"): (_tile(32, 32, 8, 1), _tile(16, 32, 4, 1)),
         ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
         ("fp32", "wide"): (_tile(16, 16, 8, 1),),
     },
