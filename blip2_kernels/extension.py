@@ -9,6 +9,18 @@ import torch
 
 LIBRARY = Path(__file__).parent / "_C.abi3.so"
 
+SCHEMAS = (
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? input_bias, float eps,"
+    " float dropout, Tensor? dropout_key, Tensor? row_keys, int place)"
+    " -> (Tensor out, Tensor mean, Tensor rstd)",
+    "add_layer_norm_backward(Tensor grad, Tensor x, Tensor residual, Tensor weight, Tensor? input_bias,"
+    " Tensor mean, Tensor rstd, float dropout, Tensor? dropout_key, Tensor? row_keys, int place)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dinput_bias)",
+    "bias_gelu(Tensor x, Tensor? bias) -> Tensor",
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)",
+)
+"""What csrc/library.cpp registers. A library of another version has others, and is not used."""
+
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 """ELF's numbers of processor architectures."""
 
@@ -50,6 +62,11 @@ def reason() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY} cannot be loaded: {error.__cause__ or error}"
+    for schema in SCHEMAS:
+        name = schema.split("(")[0]
+        loaded = getattr(torch.ops.blip2_kernels, name, None)
+        if loaded is None or str(loaded.default._schema) != f"blip2_kernels::{schema}":
+            return f"{LIBRARY} is of another version than the package ({name} differs); install it again"
     return None
 
 

@@ -107,6 +107,21 @@ def test_a_missing_symbol(copy):
     assert "cannot be loaded" in reason and "torch_parallel_fox" in reason
 
 
+@needs_extension
+@needs_elf
+@pytest.mark.parametrize("newer", ["bias_gelu(Tensor y, Tensor? bias)", "bias_relu(Tensor x, Tensor? bias)"])
+def test_a_library_of_another_version(copy, newer):
+    """Whose operator has other arguments, or another name."""
+    old = b"bias_gelu(Tensor x, Tensor? bias) -> Tensor\0"
+    data = copy.library.read_bytes()
+    assert data.count(old) == 1
+    data = data.replace(old, newer.encode() + b" -> Tensor\0")
+    if "relu" in newer:
+        data = data.replace(b"\0bias_gelu\0", b"\0bias_relu\0")
+    copy.library.write_bytes(data)
+    assert "is of another version than the package (bias_gelu differs)" in copy()
+
+
 def test_no_library(copy):
     copy.library.unlink(missing_ok=True)
     assert "was not built" in copy()
