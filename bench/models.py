@@ -849,7 +849,12 @@ def main() -> int:
         print(f"  {time.perf_counter() - started:.1f} s", flush=True)
         keep()
         torch._dynamo.reset()
-        setting.empty_cache()
+        try:
+            setting.empty_cache()
+        except RuntimeError as error:  # an access that was not allowed: nothing runs on the GPU any more
+            rest = [other for other in chosen if other not in cases]
+            print(f"{name} has lost the GPU ({said(error)}); run the rest: --only {','.join(rest)}")
+            return 1
     if setting.device == "cuda" and not (arguments.warm or arguments.no_profile):
         for name, rows in cases.items():
             if spent():
