@@ -20,7 +20,7 @@ owner.
 import triton
 import triton.language as tl
 
-from ...triton_primitives import LENGTHS, split, split_dot
+from ...triton_primitives import LENGTHS, mean_of, split, split_dot
 from .tile import keep_at, load_tile, sample_rows, store_tile, tile_of, tokens_at
 
 
@@ -101,6 +101,7 @@ def backward_rows_kernel(
     if VISIBLE == LENGTHS:
         seen = tl.minimum(tokens, tl.load(visible_ptr + image))
     delta = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     # Nothing is moved out of this loop: it would take registers all through the next one.
     for start in tl.range(0, seen, BLOCK_N, disable_licm=True):
         n, visible = tokens_at(start, image, tokens, visible_ptr, VISIBLE, WIDE, BLOCK_N)
@@ -111,6 +112,8 @@ def backward_rows_kernel(
             scale_log2, keep_scale, level, place, DROPOUT, PRECISION, BLOCK_N,
         )  # fmt: skip
         delta += tl.sum(probs * d_probs, 1)
+        total += tl.sum(probs, 1)
+    delta = mean_of(delta, total)
     if rows > BLOCK_M:
         tl.store(delta_ptr + (sample * NUM_QUERIES + query) * heads + head, delta, mask=there)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)

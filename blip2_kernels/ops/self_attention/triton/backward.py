@@ -17,7 +17,7 @@ Every element of dQ, dK and dV belongs to one program, which sums it in a fixed 
 import triton
 import triton.language as tl
 
-from ...triton_primitives import split, split_dot
+from ...triton_primitives import mean_of, split, split_dot
 from .tile import allowed_at, extent, keep_at, load_tile, real_at, rows_at, store_tile
 
 
@@ -198,6 +198,7 @@ def _d_rows(
     lse = tl.load(lse_ptr + m_rows * heads + head, mask=m_there, other=float("inf"))
     columns = extent(sample, kv_queries, kv_offsets_ptr, TEXT)
     delta = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, columns, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_rows, n_there = rows_at(n, sample, kv_queries, kv_start, kv_offsets_ptr, TEXT, WIDE)
@@ -211,6 +212,8 @@ def _d_rows(
             scale_log2, keep_scale, level, place, TEXT, CAUSAL, DROPOUT, PRECISION, WIDE, BLOCK_N,
         )  # fmt: skip
         delta += tl.sum(probs * d_probs, 1)
+        total += tl.sum(probs, 1)
+    delta = mean_of(delta, total)
     tl.store(delta_ptr + m_rows * heads + head, delta, mask=m_there)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
