@@ -350,6 +350,8 @@ MUTANTS: list[Mutant] = [
          "            dk = split_dot(tl.trans(high), tl.trans(low), q, dk * 0.0, PRECISION)\n        store"),
         ("cross-attention's delta of the last block alone",
          "delta += tl.sum(probs * d_probs, 1)", "delta = tl.sum(probs * d_probs, 1)"),
+        ("cross-attention's delta is a sum, not a mean",
+         "delta = mean_of(delta, total)", "delta = delta * 1.0"),
         ("cross-attention's delta stays in the rows' kernel",
          "if rows > BLOCK_M:", "if rows > 2 * BLOCK_M:"),
         ("cross-attention's delta without the last visible token",
