@@ -20,18 +20,22 @@ def revision() -> str:
         return "unknown"
 
 
-def about(roofline: Roofline) -> dict[str, object]:
-    """Device, date and versions, for the head of a JSON report of a GPU."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
+def about(roofline: Roofline | None = None, device: str = "cuda") -> dict[str, object]:
+    """Device, date and versions, for the head of a JSON report."""
+    facts: dict[str, object] = {"device": "CPU"}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts = {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+        }
+    facts |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "revision": revision(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "transformers": transformers.__version__,
-        "roofline": asdict(roofline),
     }
+    return facts if roofline is None else facts | {"roofline": asdict(roofline)}

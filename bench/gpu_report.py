@@ -65,11 +65,12 @@ def run(command: list[str], log: Path, limit: float, **environment: str) -> int:
             return 124
 
 
-def side_by_side(commands: list[list[str]], settings: Settings, limit: float) -> None:
-    """Run commands at the same time; what they print is thrown away."""
+def warm(name: str, processes: int, limit: float) -> None:
+    """Let a script compile what it will time, in several processes; what they print is thrown away."""
+    shares = [script(name, "--warm", "--share", f"{i}/{processes}") for i in range(processes)]
     started = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for command in commands
+        for command in shares
     ]
     deadline = time.monotonic() + limit
     for process in started:
@@ -131,12 +132,7 @@ def sanitizer(settings: Settings) -> int:
 
 
 def kernels(settings: Settings) -> int:
-    processes = max(1, min(8, CORES - 2))
-    side_by_side(
-        [script("kernels.py", "--warm", "--share", f"{i}/{processes}") for i in range(processes)],
-        settings,
-        180,
-    )
+    warm("kernels.py", max(1, min(8, CORES - 2)), 180)
     rounds = 40 if settings.full else 15
     command = script("kernels.py", "--rounds", rounds, "--json", settings.results / "kernels.json")
     return run(command, settings.log("kernels"), 900)
@@ -154,10 +150,7 @@ def tune(settings: Settings) -> int:
     if not settings.full:
         settings.log("tune").write_text("only with --full\n")
         return 0
-    processes = max(1, CORES - 2)
-    side_by_side(
-        [script("tune.py", "--warm", "--share", f"{i}/{processes}") for i in range(processes)], settings, 900
-    )
+    warm("tune.py", max(1, CORES - 2), 900)
     return run(script("tune.py", "--json", settings.results / "tune.json"), settings.log("tune"), 1800)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from about import about
-from measure import Call, Roofline, Timing, device_times, host_times
+from measure import Call, Roofline, Timing, device_times, host_times, said
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -307,6 +307,32 @@ def similarity_case(images: int, texts: int, channels: int = 256) -> Case:
 # ----------------------------------------------------------------------------------------- compiled operators
 
 
+def compiled_case(
+    run: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    rows: int,
+    width: int,
+    *,
+    matrices: int,
+    vectors: int,
+) -> Case:
+    """`run(backend, *tensors)` of so many [rows, width], read once, and [width]; out is written once. The
+    backward is counted as reading them again with grad, and writing a gradient of each."""
+    matrix = rows * width * DTYPE.itemsize
+    return Case(
+        lambda: draw(*[(rows, width)] * matrices, *[(width,)] * vectors),
+        partial(run, "reference"),
+        {
+            OURS: Peer(partial(run, "csrc")),
+            "eager": Peer(plain),
+            "compiled": Peer(torch.compile(plain, dynamic=False)),
+        },
+        ((matrices + 1) * matrix, (2 * matrices + 1) * matrix),
+        (0, 0),
+        tolerance=0.05,
+    )
+
+
 def norm_case(rows: int, width: int = CHANNELS) -> Case:
     def run(backend: str, x, residual, weight, bias, input_bias) -> Tensor:
         return add_layer_norm(x, residual, weight, bias, input_bias=input_bias, backend=backend)
@@ -314,19 +340,7 @@ def norm_case(rows: int, width: int = CHANNELS) -> Case:
     def plain(x, residual, weight, bias, input_bias) -> Tensor:
         return F.layer_norm(x + input_bias + residual, (width,), weight, bias, 1e-12)
 
-    size = DTYPE.itemsize
-    return Case(
-        lambda: draw((rows, width), (rows, width), (width,), (width,), (width,)),
-        partial(run, "reference"),
-        {
-            OURS: Peer(partial(run, "csrc")),
-            "eager": Peer(plain),
-            "compiled": Peer(torch.compile(plain, dynamic=False)),
-        },
-        (3 * rows * width * size, 5 * rows * width * size),
-        (0, 0),
-        tolerance=0.05,
-    )
+    return compiled_case(run, plain, rows, width, matrices=2, vectors=3)
 
 
 def gelu_case(rows: int, width: int = 4 * CHANNELS) -> Case:
@@ -336,19 +350,7 @@ def gelu_case(rows: int, width: int = 4 * CHANNELS) -> Case:
     def plain(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias)
 
-    size = DTYPE.itemsize
-    return Case(
-        lambda: draw((rows, width), (width,)),
-        partial(run, "reference"),
-        {
-            OURS: Peer(partial(run, "csrc")),
-            "eager": Peer(plain),
-            "compiled": Peer(torch.compile(plain, dynamic=False)),
-        },
-        (2 * rows * width * size, 3 * rows * width * size),
-        (0, 0),
-        tolerance=0.05,
-    )
+    return compiled_case(run, plain, rows, width, matrices=1, vectors=1)
 
 
 U, B, C = MaskMode.UNIMODAL, MaskMode.BIDIRECTIONAL, MaskMode.MULTIMODAL_CAUSAL
@@ -438,9 +440,7 @@ def run_case(name: str, rounds: int, warm: bool, roofline: Roofline | None) -> l
                 calls[peer_name][0]()
             except Exception as error:
                 calls.pop(peer_name, None)
-                failed[peer_name] = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+                failed[peer_name] = said(error)
         if warm:
             rows.extend({"case": name, "peer": peer, "failed": reason} for peer, reason in failed.items())
             continue
@@ -509,7 +509,7 @@ def main() -> int:
         try:
             found = run_case(name, arguments.rounds, arguments.warm, roofline)
         except Exception as error:
-            found = [{"case": name, "peer": OURS, "failed": f"{type(error).__name__}: {error}"}]
+            found = [{"case": name, "peer": OURS, "failed": said(error)}]
         for row in found:
             show(row)
         rows += found

@@ -20,6 +20,12 @@ import torch
 Call = Callable[[], object]
 
 
+def said(error: BaseException) -> str:
+    """An error in one line, for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of one call.
@@ -112,7 +118,7 @@ def device_times(
             copies = max(1, min(400, round(least_ms / max(_between_events(once.graph.replay), 1e-3))))
             graphs[name] = once if copies == 1 else Captured.of(calls, copies)
         except Exception as error:  # a peer that waits for the host, or fails: said, and the others go on
-            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            results[name] = said(error)
             torch.cuda.synchronize()
     replays = {name: captured.graph.replay for name, captured in graphs.items()}
     counts = {name: captured.calls for name, captured in graphs.items()}

@@ -17,7 +17,6 @@ import argparse
 import copy
 import gc
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,8 @@ from typing import Any
 import measure
 import savings
 import torch
-import transformers
-import triton
+from about import about
+from measure import said
 from published import Published
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -575,11 +574,6 @@ class Row:
     remarks: list[str] = field(default_factory=list)
 
 
-def said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
 @contextmanager
 def noted(row: Row, what: str | None = None) -> Iterator[None]:
     """A failure inside becomes the row's; with `what` only a remark that this is missing."""
@@ -773,26 +767,11 @@ def table_of_kernels(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def about(setting: Setting, warm: bool) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if setting.device == "cuda" else "CPU",
-        "tiny": setting.tiny,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "revision": git.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "extension": extension.device_reason(setting.device) or "used",
-    }
-    if setting.device == "cuda" and not warm:
-        roofline = measure.Roofline.measure()
-        facts["roofline"] = {"copy_bytes_s": roofline.copy, "matmul_flop_s": roofline.matmul}
-    return facts
+def facts_of(setting: Setting, warm: bool) -> dict[str, Any]:
+    """Where, with what and how this was measured."""
+    roofline = measure.Roofline.measure() if setting.device == "cuda" and not warm else None
+    extension_used = extension.device_reason(setting.device) or "used"
+    return about(roofline, setting.device) | {"tiny": setting.tiny, "extension": extension_used}
 
 
 def main() -> int:
@@ -821,7 +800,7 @@ def main() -> int:
         parser.error("expected parts of cases' names, and at least one round")
     setting = Setting(arguments.device, arguments.tiny, arguments.autotune, arguments.capture_steps)
     begin = time.perf_counter()
-    facts = about(setting, arguments.warm)
+    facts = facts_of(setting, arguments.warm)
     print(json.dumps(facts), flush=True)
     cases: dict[str, list[Row] | str] = {}
 

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from about import about
 from kernels import CASES, OURS, input_sets, with_backward, without_gradients
-from measure import Roofline, Timing, device_times
+from measure import Timing, device_times, said
 
 from blip2_kernels.ops.cross_attention import launch as cross
 from blip2_kernels.ops.image_text_similarity import launch as similarity
 from blip2_kernels.ops.latent_attention import launch as latent
-from blip2_kernels.ops.launching import Config, LaunchTable
+from blip2_kernels.ops.launching import Config
 from blip2_kernels.ops.self_attention import launch as self_launch
 from blip2_kernels.ops.self_attention.triton import op as self_op
 
@@ -85,10 +85,6 @@ def _tile(rows: int, tokens: int, warps: int, stages: int) -> Config:
     return Config.of(warps, stages, BLOCK_M=rows, BLOCK_N=tokens)
 
 
-def table(which: LaunchTable) -> Callable[[Config], AbstractContextManager]:
-    return which.overridden
-
-
 SELF = ("self-queries-64", "self-itm-64", "self-itc+itg-64", "self-itc+itg-512")
 TARGETS: dict[str, Target] = {
     "self forward": Target(
@@ -102,47 +98,47 @@ TARGETS: dict[str, Target] = {
     ),
     "cross forward": Target(
         ("cross-64x257", "cross-64x2056", "cross-64x257-by-3", "cross-1x257"),
-        table(cross.FORWARD),
+        cross.FORWARD.overridden,
         grid(_tile, (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
         + grid(_tile, (32,), (32, 64), (1, 2), (2, 3, 4)),
     ),
     "cross backward alone": Target(
         ("cross-64x257", "cross-64x677"),
-        table(cross.BACKWARD_ALONE),
+        cross.BACKWARD_ALONE.overridden,
         grid(_tile, (32,), (32, 64, 128), (2, 4, 8), (1, 2, 3)),
         backward=True,
     ),
     "cross backward shared": Target(
         ("cross-64x257-by-3", "cross-1x257-by-128"),
-        table(cross.BACKWARD_SHARED),
+        cross.BACKWARD_SHARED.overridden,
         grid(_tile, (64, 128), (32, 64, 128), (4, 8), (1, 2)),
         backward=True,
     ),
     "cross backward dropped": Target(
         ("cross-64x257-by-3-dropout",),
-        table(cross.BACKWARD_SHARED),
+        cross.BACKWARD_SHARED.overridden,
         grid(_tile, (128,), (32, 64), (4, 8), (1, 2)),
         backward=True,
     ),
     "cross backward keys": Target(
         ("cross-64x257-by-3", "cross-1x257-by-128"),
-        table(cross.BACKWARD_KEYS),
+        cross.BACKWARD_KEYS.overridden,
         grid(_tile, (32, 64), (32, 64, 128), (4, 8), (1, 2)),
         backward=True,
     ),
     "latent scores": Target(
         ("latent-8x257", "latent-64x257"),
-        table(latent.SCORES),
+        latent.SCORES.overridden,
         grid(latent._scores, (64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     ),
     "latent output": Target(
         ("latent-8x257", "latent-64x257"),
-        table(latent.OUTPUT),
+        latent.OUTPUT.overridden,
         grid(latent._output, (64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)),
     ),
     "similarity forward": Target(
         ("similarity-1000x5000",),
-        table(similarity.FORWARD),
+        similarity.FORWARD.overridden,
         tuple(
             similarity._forward(32, texts=t, rows=r, channels=c, warps=w, stages=s)
             for t, r, c, w, s in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
@@ -190,7 +186,7 @@ def look_at(name: str, rounds: int, warm: bool, share: tuple[int, int]) -> dict[
                 made[0]()
                 calls[label] = made
             except Exception as error:
-                found.setdefault("failed", {})[label] = str(error).splitlines()[0][:200]
+                found.setdefault("failed", {})[label] = said(error)
         torch.cuda.synchronize()
         if not warm:
             found[case_name] = device_times(calls, rounds=rounds, least_ms=0.5)
@@ -230,8 +226,7 @@ def main() -> int:
             for case, times in found.items()
         }
         if arguments.json and not arguments.warm:
-            head = about(Roofline(float("nan"), float("nan")))
-            arguments.json.write_text(json.dumps({"about": head, "kernels": results}, indent=1) + "\n")
+            arguments.json.write_text(json.dumps({"about": about(), "kernels": results}, indent=1) + "\n")
     return 0
 
 
