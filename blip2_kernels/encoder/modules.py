@@ -21,13 +21,20 @@ STOCK = (
 """Where the classes of Q-Former layers that this encoder knows are defined."""
 
 
-def _touched(module: nn.Module) -> str | None:
+def _recorder(hook: object) -> bool:
+    """Whether a forward hook is the one by which transformers records outputs. It stays on a module for good
+    once outputs were asked for, and does nothing while they are not."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def touched_reason(module: nn.Module) -> str | None:
+    """None where a module is called as it was built, else what hangs on it."""
     own = module.__dict__
     if "forward" in own:
         return "has a forward of its own"
     # Asked a few hundred times a pass, so without a loop.
     if (
-        own["_forward_hooks"]
+        (own["_forward_hooks"] and not all(map(_recorder, own["_forward_hooks"].values())))
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
@@ -62,12 +69,12 @@ def bypass_reason(layer: nn.Module) -> str | None:
         if type(part).__module__ not in STOCK:
             reason: str | None = f"is a {type(part).__qualname__}"
         else:
-            reason = _touched(part)
+            reason = touched_reason(part)
             dropout = part._modules.get("dropout")
             if reason is None and dropout is not None:
                 name = f"{name}.dropout".lstrip(".")
                 is_stock = type(dropout) is nn.Dropout
-                reason = _touched(dropout) if is_stock else f"is a {type(dropout).__qualname__}"
+                reason = touched_reason(dropout) if is_stock else f"is a {type(dropout).__qualname__}"
         if reason is not None:
             return f"{name or 'the layer'} {reason}"
     return None
@@ -81,7 +88,7 @@ def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
     for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return f"has weights of type {type(parameter).__name__}"
-    return _touched(module)
+    return touched_reason(module)
 
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -109,5 +116,7 @@ def drops(qformer: nn.Module) -> bool:
 
 def checkpoints(qformer: nn.Module) -> bool:
     """Whether a forward pass of a Q-Former now would checkpoint its layers."""
-    asked = bool(getattr(qformer, "gradient_checkpointing", False))
+    # transformers' models are asked through their layers.
+    owners = (qformer, next(iter(qformer.encoder.layer), qformer))
+    asked = any(getattr(owner, "gradient_checkpointing", False) for owner in owners)
     return asked and qformer.training and torch.is_grad_enabled()
