@@ -23,7 +23,7 @@ from transformers.utils import output_capturing
 
 from .checks import describe
 from .encoder import FusedEncoder, LayerCall
-from .encoder.modules import checkpoints, plain_reason, touched_reason
+from .encoder.modules import plain_reason, touched_reason
 from .encoder.padded import encode_padded
 
 __all__ = ["fuse", "fused", "unfuse"]
