@@ -1,6 +1,6 @@
 """Both paths learn the same: the demo's training on the plain and on the fused path, side by side.
 
-The demo's own stages, with its batches, rates and closed forms, but with dropout. Every path starts from the
+The demo's own stages, with its scenes, rates and closed forms, but with dropout. Every path starts from the
 same weights and sees the same batches, negatives and dropout masks; steps are taken in turn, so that whatever
 else the machine does slows all of them alike.
 
@@ -34,6 +34,9 @@ LIMIT = 1e-3
 
 COMPARED_STEPS = 20
 """... in so many first steps."""
+
+BATCH = 8
+"""Scenes a step: fp64 is slow, and smaller batches show the same."""
 
 DROPOUT = 0.1
 """Of hidden states and attention probabilities, as in the paper's Q-Former; the demo itself has none."""
@@ -116,6 +119,7 @@ def compare(
         "seed": seed,
         "quick": quick,
         "recipe": asdict(plan),
+        "batch_size": BATCH,
         "dropout": DROPOUT,
         "environment": {
             "torch": torch.__version__,
@@ -178,7 +182,7 @@ def _stages(plan: recipe.Recipe, seed: int, cache: Path, progress: bool) -> Iter
     start.get_parameter(recipe.WORDS).requires_grad_(False)
     models = copies(start)
     nouns = [scene.nouns for scene in splits.train]
-    sampler: Any = TwinBatches(splits.twins, nouns, plan.stage1_batch_size, seed)
+    sampler: Any = TwinBatches(splits.twins, nouns, BATCH, seed)
     batches = told_batches(dataset, sampler, Stage1Collate(tokenizer), seed, device)
     yield Stage("stage 1", models, batches, recipe.stage1_rates(start, plan))
 
@@ -186,7 +190,7 @@ def _stages(plan: recipe.Recipe, seed: int, cache: Path, progress: bool) -> Iter
     stage1 = models[PLAIN].eval()
     del models, start
     start = pipeline.start_stage2(stage1, language_model.to(device), features, captions, tokenizer)
-    sampler = ShuffledBatches(len(dataset), plan.stage2_batch_size, seed=seed)
+    sampler = ShuffledBatches(len(dataset), BATCH, seed=seed)
     batches = told_batches(dataset, sampler, Stage2Collate(tokenizer), seed, device)
     yield Stage("stage 2", copies(start, language_model), batches, recipe.stage2_rates(plan))
 
@@ -203,12 +207,26 @@ def copies(start: Any, language_model: nn.Module | None = None) -> dict[str, Any
             dtype = variant.language_model_dtype
             if dtype not in language_models:
                 language_models[dtype] = copy.deepcopy(language_model).to(dtype)
+                if dtype == torch.float64:
+                    keep_fp64(language_models[dtype])
             shared[id(language_model)] = language_models[dtype]
         models[name] = copy.deepcopy(start, memo=shared).to(variant.dtype)
         if language_model is not None:
             models[name].language_model.to(variant.language_model_dtype)
         models[name].use_fused = variant.use_fused
     return models
+
+
+def keep_fp64(language_model: Any) -> None:
+    """Let a Llama-like model of transformers compute in fp64 what it rounds to fp32 whatever its dtype: the norms
+    and the softmax."""
+    language_model.set_attn_implementation("sdpa")
+    for parent in list(language_model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
 
 
 def told_batches(
