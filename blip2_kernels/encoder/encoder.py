@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
+from ..ops.image_arguments import check_image_index
 from ..ops.philox import Site, draw_key
 from .images import ImageFeatures, ImageKeyValues, KeyValues, project
 from .layer import (
@@ -277,8 +278,8 @@ class FusedEncoder:
                 of each segment.
             layout: where the rows lie.
             mask: one mode a text segment.
-            images: from `project_images`; needed wherever there are queries.
-            image_index: int32 [S]; default sample s looks at image s.
+            images: from `project_images`; needed where there are queries, None where there are none.
+            image_index: int32 [S] in [0, images); default sample s looks at image s.
             keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
                 all.
             dropout_key: int64 [] from `draw_key`, so that several passes can share a step's key; default a
@@ -291,7 +292,7 @@ class FusedEncoder:
             TypeError, ValueError: an argument of the wrong kind or shape, parts that do not belong together,
                 or a saving that is forced on where it does not hold.
         """
-        queries, texts = self._check(queries, texts, layout, mask, images)
+        queries, texts = self._check(queries, texts, layout, mask, images, image_index)
         layers = self.qformer.encoder.layer
         keep = tuple(["all"] * len(texts) if keep_texts is None else keep_texts)
         key = None
@@ -417,6 +418,7 @@ class FusedEncoder:
         layout: TokenLayout,
         mask: AttentionMask,
         images: ImageKeyValues | None,
+        image_index: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         hidden = self.qformer.config.hidden_size
         if not isinstance(layout, TokenLayout):
@@ -429,8 +431,12 @@ class FusedEncoder:
         for i, (text, segment) in enumerate(zip(texts, layout.texts, strict=True)):
             check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
         if not layout.num_queries:
-            if queries is not None:
-                raise ValueError(f"queries: expected None for a layout without, got {describe(queries)}")
+            given = {"queries": queries, "images": images, "image_index": image_index}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: expected None for a layout without queries, got {describe(value)}"
+                    )
             return None, list(texts)
         check_tensor("queries", queries, ["S or 1", layout.num_queries, hidden], device=layout.device)
         if queries.shape[0] not in (1, layout.samples):
@@ -445,6 +451,8 @@ class FusedEncoder:
                 f"images: expected those of a Q-Former with {len(self.qformer.encoder.layer)} layers, got "
                 f"{len(images.layers)}"
             )
+        # Here and not only in the ops: a layer that is called whole picks its images itself.
+        check_image_index(image_index, layout.samples, images.images, layout.device, validate=False)
         return queries, list(texts)
 
 

@@ -198,6 +198,16 @@ def test_bad_input():
             "queries: expected None for a layout without",
         ),
         (
+            lambda: encoder(None, [packed], alone, AttentionMask((U,)), images),
+            ValueError,
+            "images: expected None for a layout without",
+        ),
+        (
+            lambda: encoder(None, [packed], alone, AttentionMask((U,)), None, torch.zeros(4).int()),
+            ValueError,
+            "image_index: expected None for a layout without",
+        ),
+        (
             lambda: encoder(queries, [packed], joint, AttentionMask((B,)), images, keep_texts=("some",)),
             ValueError,
             "texts[0]: expected 'all', 'first', 'last' or 'none', got 'some'",
