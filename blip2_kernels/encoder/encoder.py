@@ -1,6 +1,7 @@
 """The whole Q-Former on packed rows."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from .layer import (
     call_whole,
     cross_attention_part,
     feed_forward_part,
+    parameters_of_dead_rows,
     self_attention_part,
     shared_self_attention_part,
 )
@@ -77,6 +79,7 @@ class FusedEncoder:
         self.qformer = qformer
         self.call_layer = call_layer
         self.plan = Plan()
+        self._reference = weakref.ref(qformer)
         self._cache: WeightCache | None = None
 
     # ----------------------------------------------------------------------------------------------- the plan
@@ -210,7 +213,36 @@ class FusedEncoder:
         once = self.plan.project_once(checkpointed).applies
         project_now = once and not absorbed
         made = tuple(self._project(layer, source) if project_now else None for layer in layers)
-        return ImageKeyValues(source, made, mask, absorbed, shared=once or absorbed or checkpointed)
+        return ImageKeyValues(
+            source,
+            made,
+            mask,
+            self._reference,
+            absorbed,
+            shared=once or absorbed or checkpointed,
+            cut_from=() if torch.is_grad_enabled() else tuple(self._made_of(features, norm, source, made)),
+        )
+
+    def _made_of(
+        self,
+        features: Tensor,
+        norm: nn.LayerNorm | None,
+        source: ImageFeatures,
+        made: Sequence[KeyValues | None],
+    ) -> Iterator[Tensor]:
+        """The tensors that have been computed with when images were projected."""
+        if features.requires_grad:  # else they would live on for nothing
+            yield features
+        projected = [
+            layer.crossattention.attention
+            for layer, key_values in zip(self.qformer.encoder.layer, made, strict=True)
+            if key_values is not None
+        ]
+        if norm is not None and (projected or source.norm is None or source.whole is not None):
+            yield from norm.parameters()
+        for attention in projected:
+            yield from attention.key.parameters()
+            yield from attention.value.parameters()
 
     def _source(
         self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool, keep_whole: bool
@@ -233,9 +265,14 @@ class FusedEncoder:
             return False
         images, tokens, _ = source.values.shape
         # Whether queries that will look need a gradient is not known yet, though every parameter be frozen.
-        gradients = torch.is_grad_enabled()
         work = Workload(
-            0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients
+            0,
+            0,
+            images=images,
+            image_tokens=tokens,
+            looking_rows=query_rows or 0,
+            gradients=torch.is_grad_enabled(),
+            attention_dropout=any(map(self._drops_probabilities, self.qformer.encoder.layer)),
         )
         return self.plan.absorbed(work, self.architecture, hinder, self._device_type).applies
 
@@ -244,15 +281,19 @@ class FusedEncoder:
         if not hasattr(layer, "crossattention") or bypass_reason(layer) is not None:
             return None
         attention = layer.crossattention.attention
-        attention_dropout = drops(self.qformer) and attention.attention_dropout > 0
         return project(
             attention,
             self.qformer.config.num_attention_heads,
             features,
             read_weights=projections_reason(attention) is None,
-            bias_identities=self.plan.bias_identities(attention_dropout).applies,
+            bias_identities=self.plan.bias_identities(self._drops_probabilities(layer)).applies,
             fold=self._fold,
         )
+
+    def _drops_probabilities(self, layer: nn.Module) -> bool:
+        """Whether a layer's cross-attention would apply dropout now."""
+        cross = getattr(layer, "crossattention", None)
+        return cross is not None and drops(self.qformer) and cross.attention.attention_dropout > 0
 
     # ------------------------------------------------------------------------------------------------- a pass
 
@@ -351,7 +392,7 @@ class FusedEncoder:
         rows = feed_forward_part(layer, number, queries, text, layout.row_keys, run)
         if kept is None:
             return rows
-        return with_zero_gradients(rows, _parameters_of_dead_rows(layer, queries, text, run.layout))
+        return with_zero_gradients(rows, parameters_of_dead_rows(layer, queries, text, run.layout))
 
     def _key_values(self, layer: nn.Module, number: int, run: Pass) -> KeyValues | None:
         """A layer's keys and values, made here where they were not before; None for the absorbed form."""
@@ -446,23 +487,24 @@ class FusedEncoder:
             raise ValueError(
                 f"images: expected ImageKeyValues where there are queries, got {describe(images)}"
             )
-        if len(images.layers) != len(self.qformer.encoder.layer):
-            raise ValueError(
-                f"images: expected those of a Q-Former with {len(self.qformer.encoder.layer)} layers, got "
-                f"{len(images.layers)}"
-            )
+        self._check_images(images)
         # Here and not only in the ops: a layer that is called whole picks its images itself.
         check_image_index(image_index, layout.samples, images.images, layout.device, validate=False)
         return queries, list(texts)
 
-
-def _parameters_of_dead_rows(
-    layer: nn.Module, queries: Tensor | None, text: Tensor | None, layout: TokenLayout
-) -> list[Tensor]:
-    """Parameters of a layer that only rows work with of which none was kept."""
-    parts = []
-    if queries is None and layout.query_rows:
-        parts += ["crossattention", "intermediate_query", "output_query"]
-    if text is None and layout.texts:
-        parts += ["intermediate", "output"]
-    return [p for part in parts if hasattr(layer, part) for p in getattr(layer, part).parameters()]
+    def _check_images(self, images: ImageKeyValues) -> None:
+        """Refuse images that were made for something else than this pass."""
+        if images.owner is not self._reference:
+            raise ValueError("images: expected what this Q-Former projected, got what another one did")
+        for layer, made in zip(self.qformer.encoder.layer, images.layers, strict=True):
+            undropped = images.absorbed if made is None else made.context_bias is not None
+            if undropped and self._drops_probabilities(layer):
+                raise ValueError(
+                    "images: expected images that were projected in training mode, since attention dropout "
+                    "is on, got some that were projected without"
+                )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in images.cut_from):
+            raise ValueError(
+                "images: expected images that were projected with gradients, since weights or features they "
+                "were made of require one, got some that were projected under torch.no_grad()"
+            )

@@ -227,6 +227,21 @@ def test_so_is_what_is_inferred(change):
     torch.testing.assert_close(model.encode_image(features), expected, rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
+def test_dropout_without_gradients_is_the_plain_path_s():
+    """Of attention too, where the absorbed form would be the cheaper one."""
+    model, inputs = case(0.3)
+    features = inputs["image_features"].repeat(1, 40, 1)
+
+    def read() -> torch.Tensor:
+        torch.manual_seed(2)
+        return model.encode_image(features)
+
+    expected = read()
+    model.use_fused = True
+    torch.testing.assert_close(read(), expected, rtol=0, atol=1e-10)
+
+
 BAD_IMAGE_INDEX = {
     "negative": (
         torch.tensor([0, 1, 2, -1]).int(),
