@@ -1,6 +1,5 @@
 """The whole Q-Former on packed rows."""
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +78,6 @@ class FusedEncoder:
         self.qformer = qformer
         self.call_layer = call_layer
         self.plan = Plan()
-        self._reference = weakref.ref(qformer)
         self._cache: WeightCache | None = None
 
     # ----------------------------------------------------------------------------------------------- the plan
@@ -217,7 +215,7 @@ class FusedEncoder:
             source,
             made,
             mask,
-            self._reference,
+            self.qformer,
             absorbed,
             shared=once or absorbed or checkpointed,
             cut_from=() if torch.is_grad_enabled() else tuple(self._made_of(features, norm, source, made)),
@@ -494,7 +492,7 @@ class FusedEncoder:
 
     def _check_images(self, images: ImageKeyValues) -> None:
         """Refuse images that were made for something else than this pass."""
-        if images.owner is not self._reference:
+        if images.owner is not self.qformer:
             raise ValueError("images: expected what this Q-Former projected, got what another one did")
         for layer, made in zip(self.qformer.encoder.layer, images.layers, strict=True):
             undropped = images.absorbed if made is None else made.context_bias is not None

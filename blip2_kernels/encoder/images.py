@@ -1,6 +1,5 @@
 """What the images contribute to the cross-attention layers, made once for every pass that looks at them."""
 
-import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +86,7 @@ class ImageKeyValues:
     features: ImageFeatures
     layers: tuple[KeyValues | None, ...]
     mask: Tensor | None
-    owner: "weakref.ref[nn.Module]"
+    owner: nn.Module
     absorbed: bool = False
     shared: bool = True
     cut_from: tuple[Tensor, ...] = ()
