@@ -159,7 +159,9 @@ class FusedEncoder:
 
     @property
     def _device_type(self) -> str:
-        return self.qformer.encoder.layer[0].attention.attention.query.weight.device.type
+        # Of whichever parameter there is: a wrapped or quantised linear layer need not have any.
+        parameter = next(self.qformer.parameters(), None)
+        return "cpu" if parameter is None else parameter.device.type
 
     # --------------------------------------------------------------------------------------------- the images
 

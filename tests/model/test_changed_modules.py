@@ -158,6 +158,10 @@ CHANGES = {
     ),
     "wrapped image keys": (lambda m: replace(cross(m), "key", Wrapped), "its image key is a Wrapped"),
     "wrapped image values": (lambda m: replace(cross(m), "value", Wrapped), "its image value is a Wrapped"),
+    "a wrapped query of the first layer": (
+        lambda m: replace(layer(m, 0).attention.attention, "query", Wrapped),
+        None,
+    ),
     "a wrapped projection": (lambda m: replace(layer(m).attention.attention, "value", Wrapped), None),
     "another class of weights": (
         lambda m: replace(cross(m), "value", doubling),
@@ -272,6 +276,31 @@ def test_an_image_index_that_does_not_fit_is_refused_by_every_kind_of_layer(bad,
     with pytest.raises(error) as caught:
         encoder(model.query_tokens, (), layout, AttentionMask(), projected, index)
     assert str(caught.value).startswith("image_index: ") and words in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@torch.no_grad()
+def test_linear_layers_quantised_dynamically():
+    """They have no parameters, and `weight` is a method."""
+    model, inputs = case()
+    model = torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
+    images = inputs["image_features"].float()
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def everything() -> list[torch.Tensor]:
+        joint = model.get_multimodal_features(**texts, image_features=images)
+        return [model.encode_image(images), model.get_text_features(**texts), joint]
+
+    expected = everything()
+    model.use_fused = True
+    encoder = model.qformer.fused_encoder
+    for _ in range(2):
+        for got, truth in zip(everything(), expected, strict=True):
+            # Activations are rounded to 8 bits by the range of all rows, padding included.
+            torch.testing.assert_close(got, truth, rtol=0, atol=0.05 * float(truth.abs().max()))
+        encoder.prepare_inference()
+    explained = encoder.explain(Workload(4, 3, images=4, image_tokens=5))
+    assert "its image key is a Linear" in explained
 
 
 def test_a_layer_that_is_called_whole_needs_somebody_to_call_it():
