@@ -360,7 +360,7 @@ class QFormerModel(nn.Module):
             [text.flatten(0, 1)[layout.texts[0].source]] if has_text else (),
             layout,
             AttentionMask((mask,) if has_text else ()),
-            images,
+            images if query_length else None,
             image_index,
             keep_texts=("none" if queries_only else "all",) if has_text else (),
             dropout_key=dropout_key,

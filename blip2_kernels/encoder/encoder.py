@@ -1,6 +1,6 @@
 """The whole Q-Former on packed rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
+from ..ops.image_arguments import check_image_index
 from ..ops.philox import Site, draw_key
 from .images import ImageFeatures, ImageKeyValues, KeyValues, project
 from .layer import (
@@ -19,6 +20,7 @@ from .layer import (
     call_whole,
     cross_attention_part,
     feed_forward_part,
+    parameters_of_dead_rows,
     self_attention_part,
     shared_self_attention_part,
 )
@@ -157,7 +159,9 @@ class FusedEncoder:
 
     @property
     def _device_type(self) -> str:
-        return self.qformer.encoder.layer[0].attention.attention.query.weight.device.type
+        # Of whichever parameter there is: a wrapped or quantised linear layer need not have any.
+        parameter = next(self.qformer.parameters(), None)
+        return "cpu" if parameter is None else parameter.device.type
 
     # --------------------------------------------------------------------------------------------- the images
 
@@ -209,7 +213,36 @@ class FusedEncoder:
         once = self.plan.project_once(checkpointed).applies
         project_now = once and not absorbed
         made = tuple(self._project(layer, source) if project_now else None for layer in layers)
-        return ImageKeyValues(source, made, mask, absorbed, shared=once or absorbed or checkpointed)
+        return ImageKeyValues(
+            source,
+            made,
+            mask,
+            self.qformer,
+            absorbed,
+            shared=once or absorbed or checkpointed,
+            cut_from=() if torch.is_grad_enabled() else tuple(self._made_of(features, norm, source, made)),
+        )
+
+    def _made_of(
+        self,
+        features: Tensor,
+        norm: nn.LayerNorm | None,
+        source: ImageFeatures,
+        made: Sequence[KeyValues | None],
+    ) -> Iterator[Tensor]:
+        """The tensors that have been computed with when images were projected."""
+        if features.requires_grad:  # else they would live on for nothing
+            yield features
+        projected = [
+            layer.crossattention.attention
+            for layer, key_values in zip(self.qformer.encoder.layer, made, strict=True)
+            if key_values is not None
+        ]
+        if norm is not None and (projected or source.norm is None or source.whole is not None):
+            yield from norm.parameters()
+        for attention in projected:
+            yield from attention.key.parameters()
+            yield from attention.value.parameters()
 
     def _source(
         self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool, keep_whole: bool
@@ -232,9 +265,14 @@ class FusedEncoder:
             return False
         images, tokens, _ = source.values.shape
         # Whether queries that will look need a gradient is not known yet, though every parameter be frozen.
-        gradients = torch.is_grad_enabled()
         work = Workload(
-            0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients
+            0,
+            0,
+            images=images,
+            image_tokens=tokens,
+            looking_rows=query_rows or 0,
+            gradients=torch.is_grad_enabled(),
+            attention_dropout=any(map(self._drops_probabilities, self.qformer.encoder.layer)),
         )
         return self.plan.absorbed(work, self.architecture, hinder, self._device_type).applies
 
@@ -243,15 +281,19 @@ class FusedEncoder:
         if not hasattr(layer, "crossattention") or bypass_reason(layer) is not None:
             return None
         attention = layer.crossattention.attention
-        attention_dropout = drops(self.qformer) and attention.attention_dropout > 0
         return project(
             attention,
             self.qformer.config.num_attention_heads,
             features,
             read_weights=projections_reason(attention) is None,
-            bias_identities=self.plan.bias_identities(attention_dropout).applies,
+            bias_identities=self.plan.bias_identities(self._drops_probabilities(layer)).applies,
             fold=self._fold,
         )
+
+    def _drops_probabilities(self, layer: nn.Module) -> bool:
+        """Whether a layer's cross-attention would apply dropout now."""
+        cross = getattr(layer, "crossattention", None)
+        return cross is not None and drops(self.qformer) and cross.attention.attention_dropout > 0
 
     # ------------------------------------------------------------------------------------------------- a pass
 
@@ -277,8 +319,8 @@ class FusedEncoder:
                 of each segment.
             layout: where the rows lie.
             mask: one mode a text segment.
-            images: from `project_images`; needed wherever there are queries.
-            image_index: int32 [S]; default sample s looks at image s.
+            images: from `project_images`; needed where there are queries, None where there are none.
+            image_index: int32 [S] in [0, images); default sample s looks at image s.
             keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
                 all.
             dropout_key: int64 [] from `draw_key`, so that several passes can share a step's key; default a
@@ -291,7 +333,7 @@ class FusedEncoder:
             TypeError, ValueError: an argument of the wrong kind or shape, parts that do not belong together,
                 or a saving that is forced on where it does not hold.
         """
-        queries, texts = self._check(queries, texts, layout, mask, images)
+        queries, texts = self._check(queries, texts, layout, mask, images, image_index)
         layers = self.qformer.encoder.layer
         keep = tuple(["all"] * len(texts) if keep_texts is None else keep_texts)
         key = None
@@ -350,7 +392,7 @@ class FusedEncoder:
         rows = feed_forward_part(layer, number, queries, text, layout.row_keys, run)
         if kept is None:
             return rows
-        return with_zero_gradients(rows, _parameters_of_dead_rows(layer, queries, text, run.layout))
+        return with_zero_gradients(rows, parameters_of_dead_rows(layer, queries, text, run.layout))
 
     def _key_values(self, layer: nn.Module, number: int, run: Pass) -> KeyValues | None:
         """A layer's keys and values, made here where they were not before; None for the absorbed form."""
@@ -417,6 +459,7 @@ class FusedEncoder:
         layout: TokenLayout,
         mask: AttentionMask,
         images: ImageKeyValues | None,
+        image_index: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         hidden = self.qformer.config.hidden_size
         if not isinstance(layout, TokenLayout):
@@ -429,8 +472,12 @@ class FusedEncoder:
         for i, (text, segment) in enumerate(zip(texts, layout.texts, strict=True)):
             check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
         if not layout.num_queries:
-            if queries is not None:
-                raise ValueError(f"queries: expected None for a layout without, got {describe(queries)}")
+            given = {"queries": queries, "images": images, "image_index": image_index}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: expected None for a layout without queries, got {describe(value)}"
+                    )
             return None, list(texts)
         check_tensor("queries", queries, ["S or 1", layout.num_queries, hidden], device=layout.device)
         if queries.shape[0] not in (1, layout.samples):
@@ -440,21 +487,24 @@ class FusedEncoder:
             raise ValueError(
                 f"images: expected ImageKeyValues where there are queries, got {describe(images)}"
             )
-        if len(images.layers) != len(self.qformer.encoder.layer):
-            raise ValueError(
-                f"images: expected those of a Q-Former with {len(self.qformer.encoder.layer)} layers, got "
-                f"{len(images.layers)}"
-            )
+        self._check_images(images)
+        # Here and not only in the ops: a layer that is called whole picks its images itself.
+        check_image_index(image_index, layout.samples, images.images, layout.device, validate=False)
         return queries, list(texts)
 
-
-def _parameters_of_dead_rows(
-    layer: nn.Module, queries: Tensor | None, text: Tensor | None, layout: TokenLayout
-) -> list[Tensor]:
-    """Parameters of a layer that only rows work with of which none was kept."""
-    parts = []
-    if queries is None and layout.query_rows:
-        parts += ["crossattention", "intermediate_query", "output_query"]
-    if text is None and layout.texts:
-        parts += ["intermediate", "output"]
-    return [p for part in parts if hasattr(layer, part) for p in getattr(layer, part).parameters()]
+    def _check_images(self, images: ImageKeyValues) -> None:
+        """Refuse images that were made for something else than this pass."""
+        if images.owner is not self.qformer:
+            raise ValueError("images: expected what this Q-Former projected, got what another one did")
+        for layer, made in zip(self.qformer.encoder.layer, images.layers, strict=True):
+            undropped = images.absorbed if made is None else made.context_bias is not None
+            if undropped and self._drops_probabilities(layer):
+                raise ValueError(
+                    "images: expected images that were projected in training mode, since attention dropout "
+                    "is on, got some that were projected without"
+                )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in images.cut_from):
+            raise ValueError(
+                "images: expected images that were projected with gradients, since weights or features they "
+                "were made of require one, got some that were projected under torch.no_grad()"
+            )

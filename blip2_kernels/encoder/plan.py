@@ -197,6 +197,8 @@ class Plan:
         images = (architecture, work.images, work.image_tokens, rows)
         if work.gradients:
             hinder = "a gradient is asked for"
+        elif work.attention_dropout:
+            hinder = "probabilities are dropped"
         elif not work.images:
             hinder = "no image is read"
         decline = None
