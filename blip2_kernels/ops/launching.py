@@ -163,7 +163,13 @@ def processors(device: torch.device) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32: exactly, unless torch allows tf32 for matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    switches = torch.backends.cuda.matmul
+    # Where there is the newer switch, reading the older one raises as soon as someone has used the newer.
+    if hasattr(switches, "fp32_precision"):
+        return "tf32" if switches.fp32_precision == "tf32" else "ieee"
+    return "tf32" if switches.allow_tf32 else "ieee"
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
