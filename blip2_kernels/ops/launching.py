@@ -211,17 +211,23 @@ def wide(*tensors: Tensor) -> bool:
 
 _compiled: dict[tuple, "_Compiled"] = {}
 _too_large: dict[tuple, str] = {}
-"""What the device said of configurations that did not fit."""
+"""What the device said of configurations that did not fit, by op, device, what is compiled, configuration."""
 
 
 def first_that_fits(
-    name: str, device: torch.device, configs: Sequence[Config], run: Callable[[Config], T]
+    name: str,
+    device: torch.device,
+    compiled_for: tuple[Hashable, ...],
+    configs: Sequence[Config],
+    run: Callable[[Config], T],
 ) -> T:
     """Run with the first configuration that fits the device's shared memory and registers.
 
     Args:
         name: of the op, for the message.
         device: where it runs.
+        compiled_for: dtype, constants and whatever else decides how much a configuration takes: one that does
+            not fit for fp32 or a wide head may well fit for others.
         configs: from the preferred one to the smallest.
         run: allocates its outputs and launches; nothing of a failed attempt is kept.
 
@@ -231,13 +237,13 @@ def first_that_fits(
     from triton.runtime.errors import OutOfResources
 
     for config in configs:
-        if (name, device, config) in _too_large:
+        if _too_large and (name, device, compiled_for, config) in _too_large:
             continue
         try:
             return run(config)
         except OutOfResources as error:
-            _too_large[name, device, config] = str(error)
-    tried = "; ".join(f"({config}): {_too_large[name, device, config]}" for config in configs)
+            _too_large[name, device, compiled_for, config] = str(error)
+    tried = "; ".join(f"({config}): {_too_large[name, device, compiled_for, config]}" for config in configs)
     raise RuntimeError(f"{name}: expected a launch configuration that fits this device, tried {tried}")
 
 

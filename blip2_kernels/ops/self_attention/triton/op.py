@@ -188,12 +188,6 @@ def _plan(
     return _Plan(launch.one_tile_config(*shape.tiles(), dtype) if one_tile else None, constants)
 
 
-def _configs(plan: _Plan, table: launching.LaunchTable, q: Tensor) -> tuple[launching.Config, ...]:
-    if plan.tile is not None:
-        return (plan.tile,)
-    return table.configs(launching.architecture(q.device), launch.block_key(q.dtype, q.shape[2]))
-
-
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor]:
     rows, key, sizes, scale, dropout, layer = _unflatten(layout_and_options)
     heads, head_dim = q.shape[1:]
@@ -209,11 +203,18 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
         args = (q, k, v, out, _or_none(lse), *rows, key, heads, joint, *numbers)
-        launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, plan.constants, config)
+        constants = plan.constants
+        if plan.tile is not None and config is not plan.tile:
+            constants = constants | {"ONE_TILE": False}
+        launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, constants, config)
         return out, lse
 
-    configs = _configs(plan, launch.FORWARD, q)
-    return launching.first_that_fits("self_attention", q.device, configs, run)
+    configs = launch.FORWARD.configs(launching.architecture(q.device), launch.block_key(q.dtype, head_dim))
+    if plan.tile is not None:
+        # Where the tile does not fit, its rows go by blocks; the backward of a tile needs nothing from them.
+        configs = (plan.tile, *configs)
+    compiled_for = (q.dtype, *plan.constants.values())
+    return launching.first_that_fits("self_attention", q.device, compiled_for, configs, run)
 
 
 def _run_backward(
@@ -255,11 +256,13 @@ def _run_backward(
         launching.launch(backward_keys_kernel, (programs, blocks), args, plan.constants, config)
         return dq, dk, dv
 
+    architecture = launching.architecture(q.device)
     if plan.tile is None:
-        configs = _configs(plan, launch.BACKWARD, q)
+        configs = launch.BACKWARD.configs(architecture, launch.block_key(q.dtype, head_dim))
     else:
-        configs = (launch.one_tile_backward(plan.tile, q.dtype, head_dim, launching.architecture(q.device)),)
-    return launching.first_that_fits("self_attention_backward", q.device, configs, run)
+        configs = launch.one_tile_backward(plan.tile, q.dtype, head_dim, architecture)
+    compiled_for = (q.dtype, *plan.constants.values())
+    return launching.first_that_fits("self_attention_backward", q.device, compiled_for, configs, run)
 
 
 def _kept(q: Tensor, sizes: Sizes, one_tile: bool) -> Tensor:
