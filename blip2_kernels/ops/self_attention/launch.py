@@ -51,8 +51,8 @@ def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config
 def one_tile_backward(
     tile: Config, dtype: torch.dtype, head_dim: int, architecture: int
 ) -> tuple[Config, ...]:
-    """The same for the backward, best first, which takes the tile's attending rows in slices of SLICE: what has
-    a score for each is in registers and in shared memory for one slice at a time."""
+    """The same for the backward, best first. It takes the tile's attending rows in slices of SLICE: what has a
+    score for each is in registers and in shared memory for one slice at a time."""
     slice_rows, warps = max(tile["BLOCK_M"], tile["TEXT_M"]), tile.num_warps
     if dtype == torch.float32:
         slice_rows = SMALLEST_TILE
