@@ -59,12 +59,10 @@ def one_tile(name: str, changed: Config) -> Iterator[None]:
     """Let `launch.<name>` give its own tile with other warps, stages and, where it has one, SLICE."""
     shipped = getattr(self_launch, name)
 
-    def other(*arguments) -> Config | tuple[Config, ...]:
-        given = shipped(*arguments)
-        first = given[0] if isinstance(given, tuple) else given
-        blocks = dict(first.blocks) | {n: s for n, s in changed.blocks if s}
-        config = _interned(Config.of(changed.num_warps, changed.num_stages, **blocks))
-        return (config,) if isinstance(given, tuple) else config
+    def other(*arguments) -> Config:
+        config = shipped(*arguments)
+        blocks = dict(config.blocks) | {n: s for n, s in changed.blocks if s}
+        return _interned(Config.of(changed.num_warps, changed.num_stages, **blocks))
 
     setattr(self_launch, name, other)
     self_op._plan.cache_clear()

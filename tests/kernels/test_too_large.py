@@ -26,13 +26,14 @@ def refused(monkeypatch):
     class Refused:
         def __init__(self):
             self.where = lambda kernel, constants, config: False
-            self.tried = []
+            self.tried, self.constants = [], []
 
     found, launch = Refused(), launching.launch
 
     def refuse(kernel, grid, args, constants, config):
         name = getattr(kernel, "fn", kernel).__name__
         found.tried.append((name, config))
+        found.constants.append(constants)
         if found.where(name, constants, config):
             raise OutOfResources(300_000, 101_376, "shared memory")
         launch(kernel, grid, args, constants, config)
@@ -77,19 +78,19 @@ def test_a_forward_tile_that_does_not_fit_goes_by_blocks(case, refused):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("name", ["queries", "joint", "pair with dropout"])
-def test_a_backward_tile_that_does_not_fit_goes_by_smaller_slices(name, refused):
-    case = ONE_TILE[name]
-    first = check(self_cases, case)
-    largest = tried(refused, "backward_tile_kernel", "SLICE")[0]
-    refused.where = lambda kernel, constants, config: dict(config.blocks).get("SLICE") == largest
-    refused.tried.clear()
-    got = check(self_cases, case)
-    assert tried(refused, "backward_tile_kernel", "SLICE") == [largest, 16]
-    # One slice or several, a row's own gradient is the same; sums over rows are in another order.
-    assert torch.equal(got[0], first[0])
+@pytest.mark.parametrize("case", ONE_TILE.values(), ids=ONE_TILE)
+def test_a_backward_tile_that_does_not_fit_goes_by_blocks(case, refused):
+    """A tile's forward keeps no log-sum-exp, so the forward runs by blocks first."""
     refused.where = lambda kernel, constants, config: kernel == "backward_tile_kernel"
-    with pytest.raises(RuntimeError, match=rf"self_attention_backward: expected .*SLICE={largest}.*SLICE=16"):
+    check(self_cases, case)
+    blocks = ["forward_kernel", "backward_rows_kernel", "backward_keys_kernel"]
+    assert [kernel for kernel, _ in refused.tried] == ["forward_kernel", "backward_tile_kernel", *blocks]
+    assert not refused.constants[2]["ONE_TILE"]
+    refused.tried.clear()
+    check(self_cases, case)
+    assert [kernel for kernel, _ in refused.tried] == ["forward_kernel", *blocks]
+    refused.where = lambda kernel, constants, config: kernel.startswith("backward")
+    with pytest.raises(RuntimeError, match=r"self_attention_backward: expected .*SLICE=.*BLOCK_M="):
         check(self_cases, case)
 
 

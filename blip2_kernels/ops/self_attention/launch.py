@@ -48,11 +48,9 @@ def one_tile_config(joint: Tiles, unimodal: Tiles, dtype: torch.dtype) -> Config
 
 
 @cache
-def one_tile_backward(
-    tile: Config, dtype: torch.dtype, head_dim: int, architecture: int
-) -> tuple[Config, ...]:
-    """The same for the backward, best first. It takes the tile's attending rows in slices of SLICE: what has a
-    score for each is in registers and in shared memory for one slice at a time."""
+def one_tile_backward(tile: Config, dtype: torch.dtype, head_dim: int, architecture: int) -> Config:
+    """The same for the backward, which takes the tile's attending rows in slices of SLICE: what has a score
+    for each is in registers for one slice at a time."""
     slice_rows, warps = max(tile["BLOCK_M"], tile["TEXT_M"]), tile.num_warps
     if dtype == torch.float32:
         slice_rows = SMALLEST_TILE
@@ -60,11 +58,7 @@ def one_tile_backward(
         warps *= 2
     elif architecture in WARPS_ALONE and slice_rows > 32:
         slice_rows = SMALLEST_TILE
-    smaller = {slice_rows, SMALLEST_TILE} if slice_rows > SMALLEST_TILE else {slice_rows}
-    return tuple(
-        Config.of(warps, tile.num_stages, SLICE=rows, **dict(tile.blocks))
-        for rows in sorted(smaller, reverse=True)
-    )
+    return Config.of(warps, tile.num_stages, SLICE=slice_rows, **dict(tile.blocks))
 
 
 def block_key(dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
