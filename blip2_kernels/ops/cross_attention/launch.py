@@ -67,8 +67,8 @@ BACKWARD_SHARED = LaunchTable(
     }
     | {
         number: {
-            ("half", "narrow"): (_tile(128, 32, 8, 2), _tile(64, 32, 4, 1)),
-            ("half", "wide"): (_tile(64, 64, 8, 2), _tile(64, 32, 8, 1), _tile(32, 32, 4, 1)),
+            ("half", "narrow"): (_tile(128, 32, 8, 2), _tile(64, 16, 4, 1)),
+            ("half", "wide"): (_tile(64, 64, 8, 2), _tile(32, 32, 4, 1)),
         }
         for number in BLACKWELL
     }
@@ -85,24 +85,30 @@ BACKWARD_ALONE = LaunchTable(
     {
         number: {
             ("half", "narrow"): (_tile(32, 32, 4, 2), _tile(32, 32, 4, 1)),
-            ("half", "wide"): (_tile(32, 32, 8, 1), _tile(32, 32, 4, 1)),
+            ("half", "wide"): (_tile(32, 32, 4, 1), _tile(16, 32, 4, 1)),
         }
         for number in WARPS_ALONE
     }
-    | {number: {("half", "wide"): (_tile(32, 64, 8, 2), _tile(32, 32, 4, 1))} for number in BLACKWELL}
-    | {90: {("half", "narrow"): (_tile(32, 64, 4, 3), _tile(32, 32, 4, 1))}},
+    | {
+        number: {
+            ("half", "narrow"): (_tile(32, 32, 4, 2), _tile(32, 32, 4, 1)),
+            ("half", "wide"): (_tile(32, 64, 8, 2), _tile(16, 32, 4, 1)),
+        }
+        for number in BLACKWELL
+    },
 )
 """Where every sample has an image of its own: one sample of 32 queries is a tile."""
 BACKWARD_KEYS = LaunchTable(
     {
         ("half", "narrow"): (_tile(64, 64, 8, 1), _tile(32, 32, 4, 1)),
-        ("half", "wide"): (_tile(32, 32, 8, 1), _tile(32, 32, 4, 1)),
+        ("half", "wide"): (_tile(32, 32, 8, 1), _tile(16, 32, 4, 1)),
         ("fp32", "narrow"): (_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)),
         ("fp32", "wide"): (_tile(16, 16, 4, 1),),
     },
     {
         number: {
             ("half", "narrow"): (_tile(64, 32, 4, 1), _tile(32, 32, 4, 1)),
+            ("half", "wide"): (_tile(16, 32, 4, 1), _tile(16, 16, 4, 1)),
         }
         for number in WARPS_ALONE
     }
