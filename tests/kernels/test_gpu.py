@@ -188,7 +188,7 @@ extern "C" __global__ void race(float* out) {
 }
 '''
 race = torch.cuda._compile_kernel(SOURCE, "race")
-race((1, 1, 1), (256, 1, 1), (torch.empty(256, device="cuda"),))
+race((1, 1, 1), (256, 1, 1), [torch.empty(256, device="cuda")])
 torch.cuda.synchronize()
 """
 """Faults that a tool has to see, or its silence elsewhere says nothing."""
