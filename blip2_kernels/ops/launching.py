@@ -163,7 +163,13 @@ def processors(device: torch.device) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32: exactly, unless torch allows tf32 for matrix products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    switches = torch.backends.cuda.matmul
+    # Where there is the newer switch, reading the older one raises as soon as someone has used the newer.
+    if hasattr(switches, "fp32_precision"):
+        return "tf32" if switches.fp32_precision == "tf32" else "ieee"
+    return "tf32" if switches.allow_tf32 else "ieee"
 
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -205,17 +211,23 @@ def wide(*tensors: Tensor) -> bool:
 
 _compiled: dict[tuple, "_Compiled"] = {}
 _too_large: dict[tuple, str] = {}
-"""What the device said of configurations that did not fit."""
+"""What the device said of configurations that did not fit, by op, device, what is compiled, configuration."""
 
 
 def first_that_fits(
-    name: str, device: torch.device, configs: Sequence[Config], run: Callable[[Config], T]
+    name: str,
+    device: torch.device,
+    compiled_for: tuple[Hashable, ...],
+    configs: Sequence[Config],
+    run: Callable[[Config], T],
 ) -> T:
     """Run with the first configuration that fits the device's shared memory and registers.
 
     Args:
         name: of the op, for the message.
         device: where it runs.
+        compiled_for: dtype, constants and whatever else decides how much a configuration takes: one that does
+            not fit for fp32 or a wide head may well fit for others.
         configs: from the preferred one to the smallest.
         run: allocates its outputs and launches; nothing of a failed attempt is kept.
 
@@ -225,13 +237,13 @@ def first_that_fits(
     from triton.runtime.errors import OutOfResources
 
     for config in configs:
-        if (name, device, config) in _too_large:
+        if _too_large and (name, device, compiled_for, config) in _too_large:
             continue
         try:
             return run(config)
         except OutOfResources as error:
-            _too_large[name, device, config] = str(error)
-    tried = "; ".join(f"({config}): {_too_large[name, device, config]}" for config in configs)
+            _too_large[name, device, compiled_for, config] = str(error)
+    tried = "; ".join(f"({config}): {_too_large[name, device, compiled_for, config]}" for config in configs)
     raise RuntimeError(f"{name}: expected a launch configuration that fits this device, tried {tried}")
 
 

@@ -4,13 +4,10 @@
     python tests/kernels/budget.py --arch 90            for one architecture
     python tests/kernels/budget.py --only "cross"       kernels whose name has this text
     python tests/kernels/budget.py --write              record the figures of the running Triton version
+    python tests/kernels/budget.py --resident           the table of resident programs for docs/kernels.md
 
-Kernels are compiled exactly as the operators launch them (`harness.fake_driver`), with the packed projections
-of twelve heads, and what makes the code largest: bf16 for half precision, the unimodal and the causal part
-side by side, samples grouped by image, a visibility mask, several chunks of image tokens, and what the
-backward needs kept. To keep the list short, bf16 stands for fp16, tiles of one sample are square, and the
-first configuration for a dtype and head dim is compiled with and without dropout, those behind it, taken only
-where the first does not fit, with dropout alone.
+Kernels are compiled exactly as the operators launch them (`harness.fake_driver`); what is compiled is in
+`shipped.py`.
 
 Rules that hold whatever was recorded are in `broken_rules`, what counts as worse than recorded in `worse`.
 """
@@ -18,26 +15,20 @@ Rules that hold whatever was recorded are in `broken_rules`, what counts as wors
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 import triton
 from harness import fake_driver
 from harness.compile_report import compile_kernel, report, resident_programs
+from shipped import Shipped, shipped
 
 from blip2_kernels.ops import launching
-from blip2_kernels.ops.cross_attention import launch as cross_launch
-from blip2_kernels.ops.cross_attention.triton import op as cross_op
-from blip2_kernels.ops.launching import Config, LaunchTable
-from blip2_kernels.ops.self_attention import launch as self_launch
-from blip2_kernels.ops.self_attention.triton import op as self_op
 
 FILE = Path(__file__).with_name("budget.json")
 ARCHITECTURES = (80, 90, 100)
@@ -47,203 +38,39 @@ MORE_REGISTERS = 4
 """How many more than recorded are let pass."""
 FEW_BYTES = 32
 """See `broken_rules`."""
-EXCUSED = {
-    ("sm_80", "self backward half narrow tile 64x64, dropout"): 24,
-    ("sm_80", "self backward half narrow tile 128x128, dropout"): 80,
-    ("sm_80", "cross backward shared half narrow blocks 32x32, 4 warps, 1 stages, dropout"): 8,
-    ("sm_80", "self backward rows half narrow blocks 32x16, 4 warps, 1 stages, dropout"): 8,
-    ("sm_80", "cross backward alone half wide blocks 32x32, 8 warps, 1 stages"): 16,
-    ("sm_80", "cross backward keys half wide blocks 32x32, 8 warps, 1 stages"): 8,
-    ("sm_80", "cross backward keys half wide blocks 32x32, 4 warps, 1 stages, dropout"): 8,
-    ("sm_90", "cross backward alone half narrow blocks 32x64, 4 warps, 3 stages, dropout"): 48,
-    ("sm_90", "cross backward keys half wide blocks 32x32, 4 warps, 1 stages, dropout"): 8,
-    ("sm_100", "self backward half narrow tile 128x128"): 8,
-    ("sm_100", "self backward rows half narrow blocks 32x16, 4 warps, 1 stages, dropout"): 16,
-    ("sm_100", "self backward rows half wide blocks 64x64, 8 warps, 1 stages"): 24,
-    ("sm_100", "cross backward alone half narrow blocks 32x64, 4 warps, 2 stages, dropout"): 24,
-    ("sm_100", "cross backward shared half narrow blocks 64x32, 4 warps, 1 stages, dropout"): 8,
-    ("sm_100", "cross backward shared half wide blocks 64x32, 8 warps, 1 stages, dropout"): 8,
-    ("sm_100", "cross backward alone half wide blocks 32x32, 4 warps, 1 stages, dropout"): 8,
-    ("sm_100", "cross backward keys half wide blocks 32x32, 4 warps, 1 stages, dropout"): 8,
-    (AMD, "cross backward shared half narrow blocks 128x64, 8 warps, 2 stages, dropout"): 1528,
-    (AMD, "cross backward keys half narrow blocks 64x64, 8 warps, 1 stages, dropout"): 476,
-}
-"""Bytes of stack that are let pass, by target and name, in the Triton version that spills more: tiles that
-fill their warps' registers, most of them in one of the two versions only. No table is made for AMD, which
-takes the default."""
 VERSION = ".".join(triton.__version__.split(".")[:2])
-
-HEADS = 12
-KINDS = {
-    ("half", "narrow"): (torch.bfloat16, 64),
-    ("half", "wide"): (torch.bfloat16, 128),
-    ("fp32", "narrow"): (torch.float32, 64),
-    ("fp32", "wide"): (torch.float32, 128),
+EXCUSED: dict[tuple[str, str, str], int] = {
+    ("3.6", AMD, "cross backward shared half narrow blocks 128x64, 8 warps, 2 stages, dropout"): 1504,
+    ("3.9", AMD, "cross backward shared half narrow blocks 128x64, 8 warps, 2 stages, dropout"): 1332,
+    ("3.6", AMD, "cross backward keys half narrow blocks 64x64, 8 warps, 1 stages, dropout"): 476,
+    ("3.9", AMD, "cross backward keys half narrow blocks 64x64, 8 warps, 1 stages, dropout"): 116,
 }
-"""Dtype and head dim that stand for a key of the launch tables."""
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """One kernel in one configuration that may be launched.
-
-    Attributes:
-        name: which it is, in words.
-        kernel: the kernel's own name.
-        call: launches it, perhaps after others.
-        tables: what to launch with, for each table that is asked.
-    """
-
-    name: str
-    kernel: str
-    call: Callable[[], None]
-    tables: tuple[tuple[LaunchTable, Config], ...] = ()
-
-    @property
-    def half(self) -> bool:
-        return " half " in self.name
-
-
-def shipped(arch: int) -> Iterator[Shipped]:
-    """Every kernel and configuration that the operators launch on an architecture."""
-    yield from _self_tiles()
-    yield from _self_blocks(arch)
-    yield from _cross(arch)
-
-
-def _self_tiles() -> Iterator[Shipped]:
-    for kind, (dtype, head_dim) in KINDS.items():
-        for rows in (16, 32, 64, 128):
-            if rows > self_launch.one_tile_rows(dtype, head_dim):
-                continue
-            for dropout in (0.0, 0.1):
-                end = f"{' '.join(kind)} tile {rows}x{rows}{_said(dropout)}"
-                for direction, kernel in (
-                    ("forward", "forward_kernel"),
-                    ("backward", "backward_tile_kernel"),
-                ):
-                    call = _call(_self, kind, rows, dropout, direction == "backward")
-                    yield Shipped(f"self {direction} {end}", kernel, call)
-
-
-def _self_blocks(arch: int) -> Iterator[Shipped]:
-    for kind in KINDS:
-        for config, dropout in _choices(self_launch.FORWARD, arch, kind):
-            call = _call(_self, kind, 1024, dropout, False)
-            name = f"self forward {_named(kind, config, dropout)}"
-            yield Shipped(name, "forward_kernel", call, ((self_launch.FORWARD, config),))
-        for config, dropout in _choices(self_launch.BACKWARD, arch, kind):
-            call = _call(_self, kind, 1024, dropout, True)
-            for part in ("rows", "keys"):
-                name = f"self backward {part} {_named(kind, config, dropout)}"
-                yield Shipped(name, f"backward_{part}_kernel", call, ((self_launch.BACKWARD, config),))
-
-
-def _cross(arch: int) -> Iterator[Shipped]:
-    yield Shipped("cross group", "group_kernel", _call(_cross_forward, ("half", "narrow"), 0.0, "one"))
-    for kind in KINDS:
-        first = cross_launch.FORWARD.configs(arch, kind)[0]
-        for config, dropout in _choices(cross_launch.FORWARD, arch, kind):
-            tables = ((cross_launch.FORWARD, config),)
-            # What most images have, what makes the code largest, and what a small batch is given.
-            for chunks in ("one", "many", "split") if config is first else ("many",):
-                name = (
-                    f"cross forward {_named(kind, config, dropout)}, {chunks} chunk{'s' * (chunks != 'one')}"
-                )
-                call = _call(_cross_forward, kind, dropout, chunks)
-                yield Shipped(
-                    name.replace("split chunks", "a chunk a program"), "forward_kernel", call, tables
-                )
-            if dropout:
-                name = f"cross merge {' '.join(kind)} {config['BLOCK_M']} rows"
-                if config["BLOCK_M"] not in _rows_before(cross_launch.FORWARD.configs(arch, kind), config):
-                    yield Shipped(name, "merge_kernel", _call(_cross_forward, kind, dropout, "split"), tables)
-        for table, grouped, what in (
-            (cross_launch.BACKWARD_SHARED, True, "shared"),
-            (cross_launch.BACKWARD_ALONE, False, "alone"),
-        ):
-            for config, dropout in _choices(table, arch, kind):
-                name = f"cross backward {what} {_named(kind, config, dropout)}"
-                call = _call(_cross_backward, kind, dropout, grouped)
-                yield Shipped(name, "backward_rows_kernel", call, ((table, config),))
-        shared = cross_launch.BACKWARD_SHARED.configs(arch, kind)[-1]
-        for config, dropout in _choices(cross_launch.BACKWARD_KEYS, arch, kind):
-            name = f"cross backward keys {_named(kind, config, dropout)}"
-            tables = ((cross_launch.BACKWARD_SHARED, shared), (cross_launch.BACKWARD_KEYS, config))
-            call = _call(_cross_backward, kind, dropout, True)
-            yield Shipped(name, "backward_keys_kernel", call, tables)
-
-
-def _choices(table: LaunchTable, arch: int, kind: tuple[str, str]) -> Iterator[tuple[Config, float]]:
-    """Configurations, and the dropout each is compiled with."""
-    for i, config in enumerate(table.configs(arch, kind)):
-        if i == 0:
-            yield config, 0.0
-        yield config, 0.1
-
-
-def _rows_before(configs: tuple[Config, ...], config: Config) -> set[int]:
-    return {other["BLOCK_M"] for other in configs[: configs.index(config)]}
-
-
-def _said(dropout: float) -> str:
-    return ", dropout" if dropout else ""
-
-
-def _named(kind: tuple[str, str], config: Config, dropout: float) -> str:
-    sizes = f"{config['BLOCK_M']}x{config['BLOCK_N']}, {config.num_warps} warps, {config.num_stages} stages"
-    return f"{' '.join(kind)} blocks {sizes}{_said(dropout)}"
-
-
-# -------------------------------------------------------------------------------------------------- the calls
-
-
-def _call(function: Callable, *args: object) -> Callable[[], None]:
-    return lambda: function(*args)
-
-
-def _integers(size: int = 16) -> torch.Tensor:
-    return torch.zeros(size, dtype=torch.int32)
-
-
-def _self(kind: tuple[str, str], rows: int, dropout: float, backward: bool) -> None:
-    """Samples of that many rows, half of them queries, beside a unimodal text as long."""
-    dtype, head_dim = KINDS[kind]
-    half = rows // 2
-    sizes = self_op.Sizes(2, 3, 3, 3, 3, half, half, half, half, rows, rows, causal=1, need_backward=1)
-    q, k, v = torch.empty(2, 3, HEADS, head_dim, dtype=dtype).unbind(1)
-    key = torch.tensor(1) if dropout else None
-    layout = (*(_integers() for _ in self_op.Rows._fields), key, list(sizes), 0.125, dropout, 3)
-    if not backward:
-        self_op._run_forward(q, k, v, *layout)
-        return
-    grad = torch.empty(q.shape, dtype=dtype)
-    self_op._run_backward(grad, q, k, v, torch.empty(q.shape[:2]), *layout)
-
-
-def _cross_tensors(kind: tuple[str, str], dropout: float, grouped: bool, tokens: int) -> tuple:
-    """q, k and v of samples of 32 queries, then what the operators take of images and dropout."""
-    dtype, head_dim = KINDS[kind]
-    samples, images = 64, 32 if grouped else 64
-    q = torch.empty(1, dtype=dtype).expand(samples, 32, HEADS, head_dim)
-    q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    k, v = torch.empty(images, tokens, 2, HEADS, head_dim, dtype=dtype).unbind(2)
-    index = _integers(samples) if grouped else None
-    visible = torch.empty(images, tokens, dtype=torch.uint8)
-    key, row_keys = (torch.tensor(1), _integers()) if dropout else (None, None)
-    return q, k, v, index, visible, row_keys, key, 0.125, dropout, 3
-
-
-def _cross_forward(kind: tuple[str, str], dropout: float, chunks: str) -> None:
-    tokens = 257 if chunks == "one" else 677
-    split = mock.patch.object(cross_launch, "split_chunks", lambda *_: chunks == "split")
-    with split:
-        cross_op._run_forward(*_cross_tensors(kind, dropout, True, tokens), True)
-
-
-def _cross_backward(kind: tuple[str, str], dropout: float, grouped: bool) -> None:
-    q, *given = _cross_tensors(kind, dropout, grouped, 257)
-    cross_op._run_backward(torch.empty_like(q), q, *given[:2], torch.empty(q.shape[:3]), *given[2:])
+"""Bytes of stack that are let pass, by Triton version, target and name: what was recorded, no more. No table
+is made for AMD, which takes the default."""
+WITHOUT_PRODUCTS = ("cross merge", "latent softmax", "similarity text gradient")
+WITH_ATOMICS = ("latent scores",)
+"""They count samples with a wrong image_index; no result is summed so."""
+FORWARD = ("self forward half", "cross forward half", "cross merge half", "latent", "similarity forward half")
+ONE_RESIDENT = {}
+"""Forward kernels in half precision that may have a multiprocessor to themselves, by target and beginning of
+the name, and why."""
+RESIDENT = {
+    "self-attention, tile of 16 rows": "self forward half narrow tile 16x16",
+    "self-attention, tile of 32 rows": "self forward half narrow tile 32x32",
+    "self-attention, tile of 64 rows": "self forward half narrow tile 64x64",
+    "self-attention, tile of 128 rows": "self forward half narrow tile 128x128",
+    "self-attention by blocks": "self forward half narrow blocks",
+    "self-attention, head dim 128, tile of 64 rows": "self forward half wide tile 64x64",
+    "self-attention by blocks, head dim 128": "self forward half wide blocks",
+    "cross-attention": "cross forward half narrow blocks",
+    "cross-attention, head dim 128": "cross forward half wide blocks",
+    "cross-attention's merge": "cross merge half narrow",
+    "latent attention's scores, 384 rows": "latent scores half",
+    "latent attention's output, 384 rows": "latent output half",
+    "latent attention's softmax, 257 tokens": "latent softmax half 512",
+    "similarity, 32 queries": "similarity forward half 32 queries",
+}
+"""Rows of `resident_table`: what they are called there, and how the names of their kernels begin."""
 
 
 # -------------------------------------------------------------------------------------------------- measuring
@@ -287,6 +114,7 @@ def measure(item: Shipped, arch: int) -> dict[str, int]:
         "stack": found.stack_bytes,
         "shared": found.shared_bytes,
         "tensor_core": found.tensor_core,
+        "atomics": found.atomics,
         "warps": found.num_warps,
         "resident": resident_programs(found, arch),
     }
@@ -297,19 +125,28 @@ def one_of_each_kernel() -> Iterator[Shipped]:
     seen = set()
     for item in shipped(0):
         direction = item.name.split(" half ")[0].split(" fp32 ")[0]
-        plain = item.name == "cross group" or "merge" in item.name
+        plain = item.name.startswith(("latent", "similarity", "cross group", "cross merge"))
         if direction not in seen and (plain or (item.half and "dropout" in item.name)):
             seen.add(direction)
             yield item
 
 
+def _kernel(item: Shipped) -> object:
+    """The `@triton.jit` function behind an entry."""
+    package = {"self": "self_attention", "cross": "cross_attention", "latent": "latent_attention"}
+    folder = f"blip2_kernels.ops.{package.get(item.name.split()[0], 'image_text_similarity')}.triton"
+    names = [f"{folder}.{file}" for file in ("forward", "backward", "group", "kernels")]
+    return next(
+        getattr(sys.modules[name], item.kernel)
+        for name in names
+        if hasattr(sys.modules.get(name), item.kernel)
+    )
+
+
 def measure_amd(item: Shipped) -> dict[str, int]:
     """What a kernel takes on AMD, compiled as it is launched on an NVIDIA GPU."""
     made = compiled(item, 90)
-    module = "group" if item.kernel == "group_kernel" else "forward"
-    module = "backward" if item.kernel.startswith("backward") else module
-    package = f"blip2_kernels.ops.{item.name.split()[0]}_attention.triton.{module}"
-    kernel = getattr(sys.modules[package], item.kernel)
+    kernel = _kernel(item)
     found = report(
         compile_kernel(
             kernel,
@@ -326,6 +163,7 @@ def measure_amd(item: Shipped) -> dict[str, int]:
         "stack": found.stack_bytes,
         "shared": found.shared_bytes,
         "tensor_core": found.tensor_core,
+        "atomics": found.atomics,
         "warps": found.num_warps,
     }
 
@@ -333,28 +171,69 @@ def measure_amd(item: Shipped) -> dict[str, int]:
 # -------------------------------------------------------------------------------------------------- comparing
 
 
-def broken_rules(name: str, figures: Mapping[str, int], target: str) -> list[str]:
-    """What no configuration may do, whatever was recorded: not fit, spill, miss the tensor cores.
+def broken_rules(name: str, figures: Mapping[str, int], target: str, version: str = VERSION) -> list[str]:
+    """What no configuration may do, whatever was recorded: not fit, spill, miss tensor cores, use atomics.
 
     In fp32 the compiler may put up to FEW_BYTES a thread aside to let one more program be resident, which it
-    does where it has registers left.
+    does where it has registers left. Of a forward kernel in half precision a multiprocessor runs two programs
+    or more, or it stands in ONE_RESIDENT with the reason.
     """
     if "registers" not in figures or figures.get("resident") == 0:
         return [f"{name}: does not fit, it takes {figures['shared']} bytes of shared memory"]
     broken = []
     registers = min(255, 65536 // (32 * figures["warps"]))
     chosen = " half " not in name and figures["registers"] < registers and figures["stack"] <= FEW_BYTES
-    if figures["stack"] > EXCUSED.get((target, name), 0) and not chosen:
+    if figures["stack"] > EXCUSED.get((version, target, name), 0) and not chosen:
         broken.append(f"{name}: {figures['stack']} bytes of stack, {figures['registers']} registers")
-    if " half " in name and "merge" not in name and not figures["tensor_core"]:
+    multiplies = " half " in name and not name.startswith(WITHOUT_PRODUCTS)
+    if multiplies and not figures["tensor_core"]:
         broken.append(f"{name}: no tensor-core instructions")
+    if figures.get("atomics") and not name.startswith(WITH_ATOMICS):
+        broken.append(f"{name}: {figures['atomics']} atomics")
+    if is_forward(name) and figures.get("resident") == 1 and not one_resident(target, name):
+        broken.append(f"{name}: one program a multiprocessor")
     return broken
+
+
+def is_forward(name: str) -> bool:
+    return name.startswith(FORWARD)
+
+
+def one_resident(target: str, name: str) -> str | None:
+    """Why a forward kernel may have a multiprocessor to itself, None if it may not."""
+    found = (
+        reason
+        for (where, start), reason in ONE_RESIDENT.items()
+        if where == target and name.startswith(start)
+    )
+    return next(found, None)
+
+
+def resident_table(budget: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]) -> str:
+    """Programs that a multiprocessor runs at once, of each forward kernel in half precision, as Markdown.
+
+    Of the first configuration of a key, with and without dropout and in both Triton versions: the fewest
+    programs, the most registers and the most shared memory.
+    """
+    lines = ["| kernel | " + " | ".join(f"sm_{arch}" for arch in ARCHITECTURES) + " |", "|---" * 4 + "|"]
+    for said, start in RESIDENT.items():
+        cells = []
+        for arch in ARCHITECTURES:
+            tables = [targets[f"sm_{arch}"] for targets in budget.values()]
+            first = next(name for name in tables[-1] if name.startswith(start))
+            stem = first.removesuffix(", one chunk")
+            found = [f for table in tables for name, f in table.items() if name.startswith(stem)]
+            registers, shared = (max(f[key] for f in found) for key in ("registers", "shared"))
+            programs = min(f["resident"] for f in found)
+            cells.append(f"{programs} ({registers}, {shared / 1024:.0f} KiB)")
+        lines.append(f"| {said} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def worse(name: str, figures: Mapping[str, int], recorded: Mapping[str, int]) -> list[str]:
     """In what a kernel exceeds what was recorded."""
     found = []
-    for key, more in (("registers", MORE_REGISTERS), ("stack", 0), ("shared", 0)):
+    for key, more in (("registers", MORE_REGISTERS), ("stack", 0), ("shared", 0), ("atomics", 0)):
         if figures.get(key, 0) > recorded.get(key, 0) + more:
             found.append(f"{name}: {figures[key]} {key}, recorded are {recorded.get(key, 0)}")
     if recorded.get("tensor_core") and not figures.get("tensor_core"):
@@ -390,7 +269,11 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the figures")
     parser.add_argument("--arch", nargs="+", default=[*map(str, ARCHITECTURES), AMD], help="80 90 100 gfx942")
     parser.add_argument("--only", default="", help="kernels whose name has this text")
+    parser.add_argument("--resident", action="store_true", help="print the table of resident programs")
     options = parser.parse_args()
+    if options.resident:
+        print(resident_table(read()))
+        return 0
     budget, said = read(), []
     for arch in options.arch:
         target = arch if arch == AMD else f"sm_{arch}"

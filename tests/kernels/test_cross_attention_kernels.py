@@ -11,7 +11,7 @@ from tolerances import assert_yardstick
 
 from blip2_kernels.device_errors import check_device_errors, error_flag
 from blip2_kernels.layout import TokenLayout
-from blip2_kernels.ops import cross_attention, launching
+from blip2_kernels.ops import cross_attention, image_arguments, launching
 from blip2_kernels.ops.cross_attention.triton import op
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,10 +55,16 @@ GRID = [
     for tokens in (1, 15, 256, 257, 577, 2056)
     for head_dim in (16, 32, 64, 80, 128)
     for dtype in DTYPES
-    # The rule: every number of tokens at head dim 64 in the dtype of training, every head dim and every dtype
-    # at 15 tokens.
+    # The rule: every number of tokens at head dim 64 in the dtype of training, with lengths and with a mask
+    # too, every head dim and every dtype at 15 tokens, every dtype at the sizes of image encoders.
     if (head_dim, dtype) == (64, torch.bfloat16)
     or (tokens == 15 and (head_dim == 64 or dtype == torch.bfloat16))
+    or (tokens in (257, 577) and head_dim == 64)
+]
+GRID += [
+    CrossCase(index, samples, images, tokens, dtype=torch.bfloat16, visible=visible)
+    for tokens in (1, 15, 256, 257, 577, 2056)
+    for index, samples, images, visible in ((None, 2, 2, "lengths"), ((1, 0, 1, 1, 1, 1), 6, 3, "mask"))
 ]
 
 
@@ -67,7 +73,10 @@ GRID = [
 @pytest.mark.parametrize(
     "case",
     GRID,
-    ids=lambda c: f"{'own' if c.index is None else 'shared'}-{c.tokens}-{c.head_dim}-{str(c.dtype)[6:]}",
+    ids=lambda c: (
+        f"{'own' if c.index is None else 'shared'}-{c.tokens}-{c.head_dim}-{str(c.dtype)[6:]}"
+        + f"-{c.visible}" * (c.visible != "every")
+    ),
 )
 def test_grid(case, dropout):
     check(replace(case, dropout=dropout, heads=1 if case.tokens > 300 else 2))
@@ -112,6 +121,30 @@ def test_a_sample_s_bits_do_not_depend_on_the_batch_or_on_how_its_image_is_share
     assert torch.equal(alone, whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_gradient_of_q_permutes_with_the_samples_that_share_images(dtype, dropout, monkeypatch):
+    """dk and dv are sums over the samples in their order: for them the order is part of the result."""
+    monkeypatch.setattr(numerics, "product", numerics.product_row_by_row)
+    case = CrossCase((0, 1, 0, 1, 1, 0, 0), 7, 2, 70, num_queries=24, heads=1, dtype=dtype, dropout=dropout)
+    q, k, v = case.tensors(torch.Generator().manual_seed(0))
+    options, grad = case.options(), torch.randn(q.shape).to(dtype)
+    index = options.pop("image_index")
+    options["row_keys"] = torch.arange(7 * 24, dtype=torch.int32).view(7, 24) if dropout else None
+
+    def gradients(order):
+        leaves = [t.detach().requires_grad_() for t in (q[order], k, v)]
+        own = options | {"row_keys": options["row_keys"][order]} if dropout else options
+        out = cross_attention(*leaves, image_index=index[order], backend="triton", **own)
+        return torch.autograd.grad(out, leaves, grad[order])
+
+    order = torch.tensor([4, 6, 0, 2, 5, 1, 3])
+    first, permuted = gradients(torch.arange(7)), gradients(order)
+    assert torch.equal(permuted[0], first[0][order])
+    for a, b in zip(first[1:], permuted[1:], strict=True):
+        assert (a.float() - b.float()).abs().max() < 0.02
+
+
 def test_repeated_runs_give_the_same_bits_gradients_too():
     case = CrossCase((0, 1, 0, 0, 0, 0), 6, 3, 70, dtype=torch.bfloat16, dropout=0.2)
     tensors = case.tensors(torch.Generator().manual_seed(0))
@@ -120,9 +153,15 @@ def test_repeated_runs_give_the_same_bits_gradients_too():
 
 
 @pytest.mark.parametrize("visible", ["every", "lengths", "mask"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_chunks_split_over_programs_give_the_bits_of_a_loop(visible, dropout, launches):
-    case = CrossCase((1, 0, 1), 3, 2, 1100, heads=1, head_dim=32, visible=visible, dropout=dropout)
+@pytest.mark.parametrize(
+    ("dtype", "dropout"),
+    [(torch.float32, 0.0), (torch.float32, 0.2), (torch.float16, 0.2), (torch.bfloat16, 0.2)],
+)
+def test_chunks_split_over_programs_give_the_bits_of_a_loop(visible, dtype, dropout, launches):
+    """Gradients too, though only the forward goes by chunks."""
+    case = CrossCase(
+        (1, 0, 1), 3, 2, 1100, heads=1, head_dim=32, dtype=dtype, visible=visible, dropout=dropout
+    )
     tensors = case.tensors(torch.Generator().manual_seed(0))
     results = []
     for processors in (1, 10_000):
@@ -279,6 +318,50 @@ def test_an_index_out_of_range_is_never_followed_and_raises_at_the_next_check():
     with pytest.raises(IndexError, match=r"image_index: expected values in .* got 2 others"):
         check_device_errors("cpu")
     check_device_errors()
+
+
+@pytest.mark.parametrize("index", [None, (0, 1, 1)], ids=["own", "shared"])
+def test_lengths_out_of_range_are_clamped_in_both_directions(index):
+    """Past the checks of CPU tensors, as on a GPU: nothing else is read, and nothing is flagged."""
+    case = CrossCase(index, 2 if index is None else 3, 2, 9, num_queries=3, head_dim=16)
+    tensors = case.tensors(torch.Generator().manual_seed(0))
+    index = case.options().get("image_index")
+    results = []
+    for lengths in (torch.tensor([-3, 99], dtype=torch.int32), torch.tensor([0, 9], dtype=torch.int32)):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        flat = (index, lengths, None, None, 0.25, 0.0, 0, True)
+        out = torch.ops.blip2_kernels.cross_attention(*leaves, *flat)[0]
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert (results[0][0][0] == 0).all() and (results[0][0][1] != 0).all()
+    check_device_errors()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("image_index", torch.tensor([0, 5, 1], dtype=torch.int32)),
+        ("image_lengths", torch.tensor([-1, 9], dtype=torch.int32)),
+        ("image_lengths", torch.tensor([3, 10], dtype=torch.int32)),
+        ("image_mask", torch.full((2, 9), 2)),
+    ],
+)
+def test_values_of_device_tensors_are_looked_at_only_when_asked_to(name, wrong, monkeypatch):
+    """A CPU whose values are as dear as a GPU's."""
+    case = CrossCase((0, 1, 1), 3, 2, 9, num_queries=3, head_dim=16)
+    tensors = case.tensors(torch.Generator().manual_seed(0))
+    options = case.options() | {name: wrong}
+    with pytest.raises(ValueError, match=name):
+        cross_attention(*tensors, backend="triton", **options)
+    monkeypatch.setattr(image_arguments, "values_are_free", lambda device: False)
+    assert torch.isfinite(cross_attention(*tensors, backend="triton", **options)).all()
+    if name == "image_index":
+        with pytest.raises(IndexError, match="image_index"):
+            check_device_errors()
+    check_device_errors()
+    with pytest.raises(ValueError, match=name):
+        cross_attention(*tensors, backend="triton", validate=True, **options)
 
 
 def test_a_layout_s_synchronisation_reports_a_wrong_index_too():

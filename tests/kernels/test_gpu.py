@@ -21,12 +21,20 @@ from tolerances import assert_yardstick
 from blip2_kernels.device_errors import check_device_errors
 from blip2_kernels.layout import TokenLayout
 from blip2_kernels.mask import AttentionMask
-from blip2_kernels.ops import cross_attention, self_attention
+from blip2_kernels.ops import (
+    cross_attention,
+    image_text_similarity,
+    latent_attention,
+    launching,
+    self_attention,
+)
 
 pytestmark = pytest.mark.gpu
 GPU = {"device": "cuda"}
 PAIR = SelfCase((U, C), 32, ((20, 3, 31),) * 2, heads=12, dtype=torch.bfloat16, dropout=0.1, **GPU)
 SHARED = CrossCase((0, 1, 0, 1, 1, 1, 1), 7, 3, 257, heads=12, dtype=torch.bfloat16, dropout=0.1, **GPU)
+BLOCKS = SelfCase((U, C), 32, ((130, 3),) * 2, 130, heads=2, dtype=torch.bfloat16, dropout=0.1, **GPU)
+LONG = CrossCase((0, 1, 0), 3, 2, 1100, heads=2, dtype=torch.bfloat16, dropout=0.1, **GPU)
 
 
 def check(module, case) -> None:
@@ -139,7 +147,26 @@ def test_a_wrong_index_raises_where_the_host_waits_anyway():
         cross_attention(q, k, v, image_index=wrong, backend="triton", validate=True)
 
 
-SANITIZED = """
+@pytest.mark.parametrize("what", ["blocks", "looped chunks", "split chunks", "latent", "similarity"])
+def test_kernels_for_the_sanitizer(what, monkeypatch):
+    """One call each of kernels that the tests of streams do not launch; of the numbers nothing is asked."""
+    if what == "blocks":
+        results = self_cases.run(BLOCKS, BLOCKS.tensors(torch.Generator().manual_seed(0)), "triton")
+    elif what.endswith("chunks"):
+        monkeypatch.setattr(launching, "processors", lambda device: 1 if what == "looped chunks" else 10_000)
+        results = cross_cases.run(LONG, LONG.tensors(torch.Generator().manual_seed(0)), "triton")
+    elif what == "latent":
+        q, features = torch.randn(2, 96, 1408, **GPU).bfloat16(), torch.randn(2, 257, 1408, **GPU).bfloat16()
+        results = [latent_attention(q, features, scale=0.125, backend="triton")]
+    else:
+        leaves = [torch.randn(shape, **GPU).requires_grad_() for shape in ((5, 32, 256), (33, 256))]
+        out = image_text_similarity(*leaves, backend="triton")
+        results = [out, *torch.autograd.grad(out.sum(), leaves)]
+    torch.cuda.synchronize()
+    assert all(torch.isfinite(t).all() for t in results)
+
+
+OVERRUN = """
 import torch, triton, triton.language as tl
 
 @triton.jit
@@ -149,6 +176,22 @@ def overrun(ptr, n: tl.constexpr):
 overrun[(1,)](torch.empty(8, device="cuda"), 1 << 20)
 torch.cuda.synchronize()
 """
+RACE = """
+import torch
+
+SOURCE = r'''
+extern "C" __global__ void race(float* out) {
+    __shared__ float held[256];
+    held[threadIdx.x] = threadIdx.x;
+    // No barrier: a thread of another warp may not have written yet.
+    out[threadIdx.x] = held[255 - threadIdx.x];
+}
+'''
+race = torch.cuda._compile_kernel(SOURCE, "race")
+race((1, 1, 1), (256, 1, 1), [torch.empty(256, device="cuda")])
+torch.cuda.synchronize()
+"""
+"""Faults that a tool has to see, or its silence elsewhere says nothing."""
 
 
 def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess:
@@ -165,14 +208,15 @@ def sanitize(tool: str, *command: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_is_clean(tool):
-    chosen = "stream or depend"
+    chosen = "stream or depend or for_the_sanitizer"
     done = sanitize(tool, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout or "0 hazards" in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
-def test_compute_sanitizer_sees_a_planted_overrun(tmp_path):
-    script = tmp_path / "overrun.py"
-    script.write_text(SANITIZED)
-    assert sanitize("memcheck", str(script)).returncode == 9
+@pytest.mark.parametrize(("tool", "source"), [("memcheck", OVERRUN), ("racecheck", RACE)])
+def test_compute_sanitizer_sees_a_planted_fault(tool, source, tmp_path):
+    script = tmp_path / "fault.py"
+    script.write_text(source)
+    assert sanitize(tool, str(script)).returncode == 9

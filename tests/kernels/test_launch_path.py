@@ -495,4 +495,4 @@ def test_configurations_that_do_not_fit_are_named_every_time(monkeypatch):
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"toy: expected .*BLOCK_M=128.*128000.*BLOCK_M=64.*64000"):
-            launching.first_that_fits("toy", torch.device("cpu"), configs, run)
+            launching.first_that_fits("toy", torch.device("cpu"), (), configs, run)

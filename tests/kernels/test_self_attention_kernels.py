@@ -36,11 +36,17 @@ GRID = [
     for head_dim in (16, 32, 64, 80, 128)
     for dtype in DTYPES
     # The rule: every text length with every mask at head dim 64 in the dtype of training, every head dim and
-    # every dtype at text length 33; a text of 512 once a mask, since it takes seconds.
+    # every dtype at text length 33, every dtype by blocks (130) too; a text of 512 once a mask, since it
+    # takes seconds; and each mask over padded rows.
     if modes or text == 0
     if (head_dim, dtype) == (64, torch.bfloat16)
     or (text == 33 and (head_dim == 64 or dtype == torch.bfloat16))
+    or (text == 130 and head_dim == 64)
     or (not modes and head_dim == 64)
+]
+GRID += [
+    SelfCase(modes, 32, ((33, 16),) * len(modes), 40, padded=True, dtype=torch.bfloat16)
+    for modes in MODES[1:]
 ]
 
 
@@ -49,7 +55,10 @@ GRID = [
 @pytest.mark.parametrize(
     "case",
     GRID,
-    ids=lambda c: f"{'-'.join(m.name for m in c.modes)}-{c.width}-{c.head_dim}-{str(c.dtype)[6:]}",
+    ids=lambda c: (
+        f"{'-'.join(m.name for m in c.modes)}-{c.width}-{c.head_dim}-{str(c.dtype)[6:]}"
+        + "-padded" * c.padded
+    ),
 )
 def test_grid(case, dropout):
     heads = 1 if case.width == 512 else 2
@@ -149,6 +158,27 @@ def test_poison_in_padding_changes_no_bit(modes, poison, longest):
     k[padding], v[padding] = poison, poison
     for a, b in zip(clean, run(case, (q, k, v), "triton"), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("modes", MODES[1:], ids=MODE_IDS[1:])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("longest", [9, 140])
+def test_poison_in_the_queries_of_padding_changes_no_real_row(modes, poison, longest, dtype):
+    """A padding row attends like any other, so its own output is spoiled, and with it the gradients."""
+    lengths = ((longest - 2, 0, 3),) * len(modes)
+    case = SelfCase(modes, 5, lengths, longest, padded=True, heads=1, dtype=dtype, memory="plain")
+    q, k, v = case.tensors(torch.Generator().manual_seed(0))
+    layout = case.layouts()[1]
+    dense = layout.dense()
+    padding = ~dense.collect(dense.real)
+    poisoned = q.clone()
+    poisoned[padding] = poison
+    options = {"backend": "triton"}
+    clean, dirty = (
+        self_attention(t, k, v, layout, layout, AttentionMask(modes), **options) for t in (q, poisoned)
+    )
+    assert padding.any() and torch.equal(clean[~padding], dirty[~padding])
 
 
 @pytest.mark.parametrize("width", [3, 140])

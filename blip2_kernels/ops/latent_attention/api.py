@@ -46,7 +46,9 @@ def latent_attention(
         backend: "auto" (the first of `triton`, `torch`, `reference` that can serve), or one of them; a named
             backend that cannot serve raises.
         validate: check the values of device tensors too, at the price of a synchronisation. CPU tensors are
-            always checked.
+            always checked. Unchecked on a device, a wrong image_index is taken for the nearest image and
+            reported later (`check_device_errors`); lengths are clamped to [0, tokens] and whatever is not 0
+            in a mask counts as 1, without a report.
 
     Returns:
         [S, R, width] in q's dtype; 0 where an image has no visible token. Scores and sums are fp32 (fp64 for

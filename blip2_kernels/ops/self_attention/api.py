@@ -47,7 +47,9 @@ def self_attention(
 
     Returns:
         [q_layout.rows, heads, head_dim] in q's dtype. A row that may attend to nothing gives 0 with zero
-        gradient. Padding rows of a padded layout attend as a real row in their place would.
+        gradient. Padding rows of a padded layout attend as a real row in their place would. The
+        kernels do not read their k and v, and what their q holds reaches no real row's output; but gradients
+        want it finite, since a padding row's part of dk and dv is 0 * NaN otherwise.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message, before

@@ -141,7 +141,8 @@ def _run_forward(
 
     architecture = launching.architecture(q.device)
     configs = launch.FORWARD.configs(architecture, launch.key(q.dtype, head_dim))
-    return launching.first_that_fits("cross_attention", q.device, configs, run)
+    compiled_for = (q.dtype, chunks == 1, need_backward, *constants.values())
+    return launching.first_that_fits("cross_attention", q.device, compiled_for, configs, run)
 
 
 def _run_backward(
@@ -164,6 +165,7 @@ def _run_backward(
         grad = grad.contiguous()
     constants = _constants(q, image_index, visible, dropout_key)
     constants["WIDE"] = launching.wide(q, k[:1], v[:1], grad)
+    compiled_for = (q.dtype, *constants.values())
     numbers = (*launching.strides(q, k, v, grad), scale, scale * LOG2_E, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,13 +204,14 @@ def _run_backward(
             launching.launch(backward_keys_kernel, grid, args, constants | owned, own)
 
         key_configs = launch.BACKWARD_KEYS.configs(architecture, table_key)
-        launching.first_that_fits("cross_attention_backward (keys)", q.device, key_configs, run_keys)
+        name = "cross_attention_backward (keys)"
+        launching.first_that_fits(name, q.device, compiled_for, key_configs, run_keys)
         return dq, dk, dv
 
     architecture, table_key = launching.architecture(q.device), launch.key(q.dtype, head_dim)
     table = launch.BACKWARD_ALONE if image_index is None else launch.BACKWARD_SHARED
     configs = table.configs(architecture, table_key)
-    return launching.first_that_fits("cross_attention_backward", q.device, configs, run)
+    return launching.first_that_fits("cross_attention_backward", q.device, compiled_for, configs, run)
 
 
 def _constants(

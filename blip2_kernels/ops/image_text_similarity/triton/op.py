@@ -41,7 +41,8 @@ def _run_forward(image_feats: Tensor, text_feats: Tensor, keep_index: bool) -> t
 
     key = launch.forward_key(image_feats.dtype, queries)
     configs = launch.FORWARD.configs(launching.architecture(image_feats.device), key)
-    return launching.first_that_fits("image_text_similarity", image_feats.device, configs, run)
+    compiled_for = (image_feats.dtype, *constants.values())
+    return launching.first_that_fits("image_text_similarity", image_feats.device, compiled_for, configs, run)
 
 
 def _run_image_backward(grad: Tensor, text_feats: Tensor, index: Tensor, queries: int) -> Tensor:
@@ -64,7 +65,8 @@ def _run_image_backward(grad: Tensor, text_feats: Tensor, index: Tensor, queries
     key = launch.image_gradient_key(text_feats.dtype, queries, channels)
     configs = launch.IMAGE_GRADIENT.configs(launching.architecture(text_feats.device), key)
     name = "image_text_similarity_image_backward"
-    return launching.first_that_fits(name, text_feats.device, configs, run)
+    compiled_for = (text_feats.dtype, *constants.values())
+    return launching.first_that_fits(name, text_feats.device, compiled_for, configs, run)
 
 
 def _run_text_backward(grad: Tensor, image_feats: Tensor, index: Tensor) -> Tensor:
@@ -84,7 +86,8 @@ def _run_text_backward(grad: Tensor, image_feats: Tensor, index: Tensor) -> Tens
     key = launch.text_gradient_key(channels)
     configs = launch.TEXT_GRADIENT.configs(launching.architecture(image_feats.device), key)
     name = "image_text_similarity_text_backward"
-    return launching.first_that_fits(name, image_feats.device, configs, run)
+    compiled_for = (image_feats.dtype, *constants.values())
+    return launching.first_that_fits(name, image_feats.device, compiled_for, configs, run)
 
 
 def _tiles(size: int, block: int) -> int:

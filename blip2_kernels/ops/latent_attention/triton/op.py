@@ -108,7 +108,8 @@ def _run_samples(
         ("output", launch.OUTPUT, key, run_output),
     ):
         configs = table.configs(architecture, table_key)
-        launching.first_that_fits(f"latent_attention ({name})", q.device, configs, run)
+        compiled_for = (q.dtype, table_key, *constants.values())
+        launching.first_that_fits(f"latent_attention ({name})", q.device, compiled_for, configs, run)
 
 
 def _tiles(size: int, block: int) -> int:

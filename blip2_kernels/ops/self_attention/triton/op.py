@@ -188,17 +188,16 @@ def _plan(
     return _Plan(launch.one_tile_config(*shape.tiles(), dtype) if one_tile else None, constants)
 
 
-def _configs(plan: _Plan, table: launching.LaunchTable, q: Tensor) -> tuple[launching.Config, ...]:
-    if plan.tile is not None:
-        return (plan.tile,)
-    return table.configs(launching.architecture(q.device), launch.block_key(q.dtype, q.shape[2]))
-
-
-def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> tuple[Tensor, Tensor]:
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any, by_blocks: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output and, where the backward will read it, log-sum-exp; `by_blocks` even where a tile would do."""
     rows, key, sizes, scale, dropout, layer = _unflatten(layout_and_options)
     heads, head_dim = q.shape[1:]
     kind = (q.dtype, head_dim, key is not None, launching.wide(q, k, v), launching.input_precision(q.dtype))
     plan = _plan(sizes.shape(), *kind, False)
+    if by_blocks:
+        plan = _Plan(None, plan.constants | {"ONE_TILE": False})
     numbers = (*sizes.places(), *launching.strides(q, k, v), scale * LOG2_E, *_dropout(dropout, layer))
 
     def run(config: launching.Config) -> tuple[Tensor, Tensor]:
@@ -209,11 +208,18 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *layout_and_options: Any) -> t
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["TEXT_M"])
         args = (q, k, v, out, _or_none(lse), *rows, key, heads, joint, *numbers)
-        launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, plan.constants, config)
+        constants = plan.constants
+        if plan.tile is not None and config is not plan.tile:
+            constants = constants | {"ONE_TILE": False}
+        launching.launch(forward_kernel, (sizes.samples * heads, blocks), args, constants, config)
         return out, lse
 
-    configs = _configs(plan, launch.FORWARD, q)
-    return launching.first_that_fits("self_attention", q.device, configs, run)
+    configs = launch.FORWARD.configs(launching.architecture(q.device), launch.block_key(q.dtype, head_dim))
+    if plan.tile is not None:
+        # Where the tile does not fit, its rows go by blocks.
+        configs = (plan.tile, *configs)
+    compiled_for = (q.dtype, *plan.constants.values())
+    return launching.first_that_fits("self_attention", q.device, compiled_for, configs, run)
 
 
 def _run_backward(
@@ -239,12 +245,17 @@ def _run_backward(
 
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         programs = sizes.samples * heads
-        if plan.tile is not None:
+        if config is tile:
             args = (q, k, v, grad, dq, dk, dv, *rows, key, heads, *numbers)
             parts = plan.constants["JOINT"] + plan.constants["UNIMODAL"]
             launching.launch(backward_tile_kernel, (programs, parts), args, plan.constants, config)
             return dq, dk, dv
-        inputs = (q, k, v, grad, lse, torch.empty_like(lse))
+        kept = lse
+        if tile is not None:
+            # A tile's forward kept nothing.
+            flat = (*rows, key, sizes._replace(need_backward=1), scale, dropout, layer)
+            kept = _run_forward(q, k, v, *flat, by_blocks=True)[1]
+        inputs = (q, k, v, grad, kept, torch.empty_like(kept))
         joint = _blocks(sizes.q_queries, sizes.q_longest, config["BLOCK_M"])
         blocks = joint + _blocks(0, sizes.unimodal_q_longest, config["BLOCK_M"])
         args = (*inputs, dq, *rows, key, heads, joint, *numbers)
@@ -255,11 +266,14 @@ def _run_backward(
         launching.launch(backward_keys_kernel, (programs, blocks), args, plan.constants, config)
         return dq, dk, dv
 
-    if plan.tile is None:
-        configs = _configs(plan, launch.BACKWARD, q)
-    else:
-        configs = (launch.one_tile_backward(plan.tile, q.dtype, head_dim, launching.architecture(q.device)),)
-    return launching.first_that_fits("self_attention_backward", q.device, configs, run)
+    architecture = launching.architecture(q.device)
+    configs = launch.BACKWARD.configs(architecture, launch.block_key(q.dtype, head_dim))
+    tile = None
+    if plan.tile is not None:
+        tile = launch.one_tile_backward(plan.tile, q.dtype, head_dim, architecture)
+        configs = (tile, *configs)
+    compiled_for = (q.dtype, *plan.constants.values())
+    return launching.first_that_fits("self_attention_backward", q.device, compiled_for, configs, run)
 
 
 def _kept(q: Tensor, sizes: Sizes, one_tile: bool) -> Tensor:
