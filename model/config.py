@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import Blip2Config, Blip2QFormerConfig
 
 from blip2_kernels.checks import check_int, describe
+from blip2_kernels.layout import MAX_ORDINALS
 
 LM_NORMALISATIONS = ("rank", "global")
 ITC_GRADIENTS = ("local", "full")
@@ -62,7 +63,7 @@ class Blip2PreTrainingConfig:
                 "qformer.use_qformer_text_input: expected True, since stage 1 reads text, got False (the "
                 "Q-Former of a stage-2 model, which has no text embeddings and no text feed-forward)"
             )
-        check_int("num_query_tokens", self.num_query_tokens, 1)
+        check_int("num_query_tokens", self.num_query_tokens, 1, MAX_ORDINALS)
         check_int("image_text_hidden_size", self.image_text_hidden_size, 1)
         check_int("max_text_length", self.max_text_length, 2, self.qformer.max_position_embeddings)
         last = self.qformer.vocab_size - 1
