@@ -81,8 +81,8 @@ class Blip2PreTrainingConfig:
             )
         _check_number("temperature", self.temperature, "> 0", lambda value: value > 0)
         _check_number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
-        _check_choice("lm_normalisation", self.lm_normalisation, LM_NORMALISATIONS)
-        _check_choice("itc_gradient", self.itc_gradient, ITC_GRADIENTS)
+        check_choice("lm_normalisation", self.lm_normalisation, LM_NORMALISATIONS)
+        check_choice("itc_gradient", self.itc_gradient, ITC_GRADIENTS)
 
     def __eq__(self, other: object) -> bool:
         # By content: transformers' own comparison finds a loaded configuration unequal to the saved one.
@@ -160,6 +160,7 @@ def _check_number(name: str, value: object, bounds: str, holds: Any) -> None:
         raise ValueError(f"{name}: expected a number {bounds}, got {value}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that an argument is one of some words; raises ValueError."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
