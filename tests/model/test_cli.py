@@ -186,7 +186,7 @@ def test_resume_goes_on_and_init_starts_from_a_checkpoint(stage1, parts, tmp_pat
     run(*begin, "--steps", 2, *options, capsys=capsys)
     assert read_history(output)[0]["loss"] < read_history(stage1)[0]["loss"] - 0.5
     _, err = run(*begin, "--steps", 4, *options, code=1, capsys=capsys)
-    assert "output: expected a folder without checkpoints (or --resume)" in err
+    assert "output_dir: expected a folder without checkpoints (or resume_from, --resume)" in err
     out, _ = run(*begin, "--steps", 4, "--resume", *options, capsys=capsys)
     assert out.strip().endswith("checkpoint-4")
     assert [row["step"] for row in read_history(output)] == [1, 2, 3, 4]
