@@ -22,7 +22,7 @@ from blip2_kernels.mask import MaskMode
 
 from .base import Blip2Base, evaluation_mode
 from .qformer import QFormerCache
-from .qformer_text import TOKEN_IDS
+from .qformer_text import TOKEN_IDS, check_ids
 
 
 class CaptionConfig(PreTrainedConfig):
@@ -276,6 +276,7 @@ def _start(
     check_tensor("prompt_ids", prompt_ids, ["batch", "tokens"], TOKEN_IDS, device)
     if prompt_ids.shape[0] not in (1, batch):
         raise ValueError(f"prompt_ids: expected [{batch} or 1, tokens], got {list(prompt_ids.shape)}")
+    check_ids("prompt_ids", prompt_ids, model.config.qformer.vocab_size)
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids)
     check_tensor("prompt_mask", prompt_mask, prompt_ids.shape, MASK_DTYPES, device)

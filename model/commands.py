@@ -222,8 +222,6 @@ def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **o
     found = latest_checkpoint(output) if resume else None
     if resume and found is None:
         _say(f"no checkpoint in {output} yet: starting anew")
-    if found is None and latest_checkpoint(output) is not None:
-        raise ValueError(f"output: expected a folder without checkpoints (or --resume), got {output}")
     betas = (0.9, options.pop("beta2"))
     result = train(
         model, dataset, collate=collate, output_dir=output, resume_from=found, betas=betas, **options

@@ -37,7 +37,8 @@ def open_image(source: str | Path | bytes) -> Any:
         (palette and alpha are left to the preprocessing).
 
     Raises:
-        ImportError: Pillow is not installed.
+        ImportError: Pillow is not installed, or lacks a library that this file needs.
+        MemoryError: no room for the picture.
         OSError: no such file, not an image (PIL's `UnidentifiedImageError` is an OSError), cut short, too
             large to be real, or with pixels that are not finite.
         TypeError: neither a path nor bytes.
@@ -52,13 +53,12 @@ def open_image(source: str | Path | bytes) -> Any:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return _eight_bits(ImageOps.exif_transpose(image))
-    except OSError:
+    except (OSError, ImportError, MemoryError):
         raise
-    # Broken headers surface from PIL's plugins as whatever their parsing trips over.
-    except (ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, OverflowError) as error:
-        raise OSError(f"cannot decode image: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
+    # A broken file surfaces from PIL's plugins as whatever their parsing trips over: a RuntimeError of the
+    # AVIF decoder, a NotImplementedError of the DDS one, a struct.error, ... No list of them is complete.
+    except Exception as error:
+        raise OSError(f"cannot decode image: {str(error) or type(error).__name__}") from error
 
 
 def _eight_bits(image: Any) -> Any:

@@ -256,7 +256,9 @@ class QFormerModel(nn.Module):
                     batch, num_queries, text_mask, text_stream=stream, device=hidden.device
                 )
             check_tensor("row_keys", row_keys, [batch, past + length], [torch.int32], hidden.device)
-        if self.drops and dropout_key is None:
+        if dropout_key is not None:
+            check_tensor("dropout_key", dropout_key, [], [torch.int64])
+        elif self.drops:
             dropout_key = draw_key(hidden.device)
 
         plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states

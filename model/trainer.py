@@ -235,10 +235,20 @@ class Blip2Trainer(Trainer):
             parts = {n: v for n, v in row.items() if n.startswith("loss") or n == "grad_norm"}
             raise NonFiniteLossError(int(row["step"]), parts, self.last_checkpoint)
 
+    def refuse_nonfinite_parameters(self) -> None:
+        """A good loss may be followed by a bad step, such as one at a learning rate that is NaN."""
+        wrong = [name for name, p in trainable_state(self.trained).items() if not bool(p.isfinite().all())]
+        if wrong and self.result.history:
+            row = self.result.history[-1]
+            parts = {n: v for n, v in row.items() if n.startswith("loss")}
+            where = f"after an optimizer step that left {', '.join(wrong)} not finite"
+            raise NonFiniteLossError(int(row["step"]), parts, self.last_checkpoint, where)
+
     # --- saving ---
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.read_late_grad_norm()
+        self.refuse_nonfinite_parameters()
         if self.settings.output_dir is None:
             return
         path = self.settings.output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
@@ -414,6 +424,7 @@ def run(model: nn.Module, dataset: Any, settings: Settings) -> TrainResult:
         try:
             trainer.train(resume_from_checkpoint=folder)
             trainer.read_late_grad_norm()
+            trainer.refuse_nonfinite_parameters()
             events.evaluate(trainer.state.global_step)
             if settings.save_final and events.last_saved != trainer.state.global_step:
                 trainer._save_checkpoint(trainer.model, None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checkpoints import load_checkpoint, load_into
 from ..generation import Blip2ForConditionalGeneration
 from ..progress import ProgressBar, format_duration
+from ..training_state import remove_run
 from ..vision import FeatureCache
 from . import assets, evaluation, figures, recipe, report, ridge, warm_start
 from .batches import PROMPT, Stage2Collate
@@ -90,6 +91,8 @@ def run(
     splits = plan.splits(seed)
     features = encode(splits, cache, plan.encode_batch_size, progress)
 
+    for stage in ("stage1", "stage2"):
+        remove_run(output / stage)
     clock.start("stage1")
     tokenizer = assets.load_text_tokenizer()
     stage1 = assets.load_stage1(plan.num_query_tokens, use_fused=use_fused, seed=seed).to(device)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 pytest.importorskip("PIL")
+from broken_pictures import BROKEN
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -260,6 +261,32 @@ def test_broken_images_are_named_counted_and_passed_over(tmp_path, caplog):
     assert (
         dataset.summary().startswith("6 images, 12 captions; 4 skipped: ") and "bomb.png" in dataset.summary()
     )
+
+
+@BROKEN
+def test_whatever_the_decoder_trips_over_is_a_broken_image(tmp_path, broken, suffix, error):
+    data = broken()
+    with pytest.raises(error), Image.open(io.BytesIO(data)) as image:
+        image.load()
+    for source in (data, tmp_path / f"broken.{suffix}"):
+        (tmp_path / f"broken.{suffix}").write_bytes(data)
+        with pytest.raises(OSError, match="cannot decode image: "):
+            open_image(source)
+    picture(tmp_path / "good.png", (255, 0, 0))
+    entries = [{"image": name, "caption": name} for name in (f"broken.{suffix}", "good.png")]
+    manifest = read_manifest(write_lines(tmp_path / "m.jsonl", entries))
+    dataset = ImageTextDataset(manifest, preprocess=ImagePreprocessing(6))
+    assert dataset[0]["caption"] == "good.png" and dataset.skipped == [tmp_path / f"broken.{suffix}"]
+
+
+@pytest.mark.parametrize("error", [ImportError, MemoryError])
+def test_what_is_not_the_file_s_fault_is_no_broken_image(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("not the file's fault")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(error, match="not the file's fault"):
+        open_image(picture(tmp_path / "good.png"))
 
 
 def test_what_stands_in_does_not_depend_on_what_was_read_before(tmp_path):

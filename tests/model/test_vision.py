@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from broken_pictures import BROKEN
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -440,6 +441,15 @@ def test_undecodable_pictures_are_named_counted_and_skipped(tmp_path, encoder):
     assert all(image.reason for image in report.skipped)
     with pytest.raises(TypeError, match="image: expected a path, bytes, a PIL image or a tensor, got int 5"):
         FeatureCache(tmp_path / "cache", encoder).encode([5])
+
+
+@BROKEN
+def test_the_cache_skips_whatever_the_decoder_trips_over(tmp_path, encoder, broken, suffix, error):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(broken())
+    _, report = FeatureCache(tmp_path / "cache", encoder).encode([path, png((9, 9, 9)), broken()])
+    assert report.kept == [1] and [image.index for image in report.skipped] == [0, 2]
+    assert all(image.reason.startswith("cannot decode image: ") for image in report.skipped)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
