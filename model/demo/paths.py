@@ -218,8 +218,8 @@ def copies(start: Any, language_model: nn.Module | None = None) -> dict[str, Any
 
 
 def keep_fp64(language_model: Any) -> None:
-    """Let a Llama-like model of transformers compute in fp64 what it rounds to fp32 whatever its dtype: the norms
-    and the softmax."""
+    """Let a Llama-like model of transformers compute in fp64 what it rounds to fp32 whatever its dtype: norms and
+    softmax."""
     language_model.set_attn_implementation("sdpa")
     for parent in list(language_model.modules()):
         for name, norm in parent.named_children():
