@@ -218,7 +218,7 @@ def copies(start: Any, language_model: nn.Module | None = None) -> dict[str, Any
 
 
 def keep_fp64(language_model: Any) -> None:
-    """Let a Llama-like model of transformers compute in fp64 what it rounds to fp32 whatever its dtype: norms and
+    """Let a Llama-like model compute in fp64 what transformers rounds to fp32 whatever the dtype: norms and
     softmax."""
     language_model.set_attn_implementation("sdpa")
     for parent in list(language_model.modules()):
