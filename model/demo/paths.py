@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batches import ShuffledBatches
@@ -218,15 +219,20 @@ def copies(start: Any, language_model: nn.Module | None = None) -> dict[str, Any
 
 
 def keep_fp64(language_model: Any) -> None:
-    """Let a Llama-like model of transformers compute in fp64 what it rounds to fp32 whatever its dtype: norms and
-    softmax."""
+    """Let a Llama-like model compute in fp64 what transformers rounds to fp32 whatever the dtype: norms,
+    softmax and its loss."""
     language_model.set_attn_implementation("sdpa")
+    language_model.loss_function = _next_token_loss
     for parent in list(language_model.modules()):
         for name, norm in parent.named_children():
             if type(norm).__name__.endswith("RMSNorm"):
                 exact = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
                 exact.weight = norm.weight
                 setattr(parent, name, exact)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, vocab_size: int, **unused: Any) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def told_batches(
