@@ -30,6 +30,7 @@ from .qformer_masks import (
     hides_text_only,
     text_rows_mask,
     to_four_dimensions,
+    with_visible_queries,
 )
 from .qformer_text import FLOATING, LMHead, NormalizedTextEmbeddings, TextEmbeddings
 
@@ -174,6 +175,7 @@ class QFormerModel(nn.Module):
         query_length: int | None = None,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
         mask: MaskMode = MaskMode.BIDIRECTIONAL,
         past_key_values: QFormerCache | None = None,
         use_cache: bool = False,
@@ -201,6 +203,8 @@ class QFormerModel(nn.Module):
             query_length: Q; default all of `query_embeds`, or 0 with a filled cache. 0 is a text-only pass.
             input_ids: [B, T], `InstructBlipQFormerConfig` only.
             position_ids: [B or 1, T], with `input_ids` only; default counts from the text's first token.
+            text_mask: 0/1 [B, text rows, cached ones too], instead of an `attention_mask` that hides no query.
+                The fused path then need not ask the device whether one is hidden.
             mask: which of the paper's masks joins queries and text.
             past_key_values: cache of earlier rows, extended in place. A filled one takes more text under
                 MULTIMODAL_CAUSAL, the only mask under which no earlier row would have seen it.
@@ -219,6 +223,7 @@ class QFormerModel(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
         """
+        same_queries = isinstance(query_embeds, Tensor) and _is_expanded(query_embeds)
         hidden, query_length = self._embed(
             query_embeds, input_ids, position_ids, query_length, past_key_values
         )
@@ -246,7 +251,15 @@ class QFormerModel(nn.Module):
             raise ValueError(f"past_key_values: expected a cache of {batch} samples, got one of {cached}")
         num_queries = past_key_values.num_queries if past else query_length
         heads = self.config.num_attention_heads
-        attention_mask = check_attention_mask(attention_mask, batch, heads, length, past + length)
+        plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
+        fused = self.use_fused and not plain
+        if text_mask is not None:
+            attention_mask = with_visible_queries(
+                text_mask, attention_mask, batch, num_queries, past + length
+            )
+        else:
+            attention_mask = check_attention_mask(attention_mask, batch, heads, length, past + length)
+            fused = fused and hides_text_only(attention_mask, query_length)  # a GPU's host waits for this
         text_mask = text_rows_mask(attention_mask, batch, num_queries, past + length, hidden.device)
 
         if self.drops or row_keys is not None:
@@ -261,14 +274,21 @@ class QFormerModel(nn.Module):
         elif self.drops:
             dropout_key = draw_key(hidden.device)
 
-        plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
-        if self.use_fused and not plain and hides_text_only(attention_mask, query_length):
+        if fused:
             if query_length and prepared is None:
                 prepared = self.fused_encoder.project_images(
                     image, mask=image_mask, query_rows=batch * query_length
                 )
             out = self._forward_fused(
-                hidden, text_mask, query_length, prepared, mask, row_keys, dropout_key, queries_only
+                hidden,
+                same_queries,
+                text_mask,
+                query_length,
+                prepared,
+                mask,
+                row_keys,
+                dropout_key,
+                queries_only,
             )
             return QFormerOutput(last_hidden_state=out, pooler_output=out[:, 0])
         if prepared is not None and image is not None:
@@ -326,6 +346,7 @@ class QFormerModel(nn.Module):
     def _forward_fused(
         self,
         hidden: Tensor,
+        same_queries: bool,
         text_mask: Tensor | None,
         query_length: int,
         images: ImageKeyValues | None,
@@ -347,8 +368,8 @@ class QFormerModel(nn.Module):
             device=hidden.device,
         )
         queries, text = hidden[:, :query_length], hidden[:, query_length:]
-        if query_length and hidden.stride(0) == 0:
-            queries = queries[:1]  # expanded: every sample has the same
+        if same_queries:
+            queries = queries[:1]
         if row_keys is not None:
             names = layout.pack(
                 row_keys[:, :query_length, None], [row_keys[:, query_length:, None]] if has_text else []
@@ -473,6 +494,11 @@ def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
         None,
         dropout,
     )[0]
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether all samples of a batch are one."""
+    return t.dim() > 0 and (t.shape[0] == 1 or t.stride(0) == 0)
 
 
 def _expand_to_images(hidden: Tensor, image: Tensor | None) -> Tensor:

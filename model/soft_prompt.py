@@ -123,8 +123,7 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
                     f"{qformer_input_ids.shape[1]}"
                 )
             check_ids("qformer_input_ids", qformer_input_ids, self.config.qformer.vocab_size)
-            ones = mask.new_ones(batch, queries.shape[1])
-            text = {"input_ids": qformer_input_ids, "attention_mask": torch.cat([ones, mask], dim=1)}
+            text = {"input_ids": qformer_input_ids, "text_mask": mask}
         features = features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype)
         images: dict[str, Any]
         if self.use_fused:
