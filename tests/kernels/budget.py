@@ -51,7 +51,19 @@ WITHOUT_PRODUCTS = ("cross merge", "latent softmax", "similarity text gradient")
 WITH_ATOMICS = ("latent scores",)
 """They count samples with a wrong image_index; no result is summed so."""
 FORWARD = ("self forward half", "cross forward half", "cross merge half", "latent", "similarity forward half")
-ONE_RESIDENT = {}
+TILE_OF_128 = "its scores fill the registers of eight warps, as many as two programs of 64 rows have"
+MASKED = "two where no mask is given, or lengths: a mask of any pattern takes it past 128 registers"
+ONE_RESIDENT = {
+    **{(f"sm_{n}", "self forward half narrow tile 128x128"): TILE_OF_128 for n in ARCHITECTURES},
+    ("sm_80", "cross forward half wide blocks 64x32, 8 warps, 2 stages"): (
+        "sums of 64 rows and 128 channels fill the registers of eight warps, as many as two programs of four"
+    ),
+    ("sm_100", "cross forward half wide blocks 64x32, 8 warps, 3 stages"): (
+        "two where an image is one chunk: with several it holds the sums of two"
+    ),
+    ("sm_90", "latent scores half K64 N128 R128, 8 warps, 3 stages"): MASKED,
+    ("sm_100", "latent scores half K64 N128 R128, 8 warps, 3 stages"): MASKED,
+}
 """Forward kernels in half precision that may have a multiprocessor to themselves, by target and beginning of
 the name, and why."""
 RESIDENT = {
@@ -213,7 +225,7 @@ def resident_table(budget: Mapping[str, Mapping[str, Mapping[str, Mapping[str, i
     """Programs that a multiprocessor runs at once, of each forward kernel in half precision, as Markdown.
 
     Of the first configuration of a key, with and without dropout and in both Triton versions: the fewest
-    programs, the most registers and the most shared memory.
+    programs, the most registers and the most shared memory. Then why some run alone.
     """
     lines = ["| kernel | " + " | ".join(f"sm_{arch}" for arch in ARCHITECTURES) + " |", "|---" * 4 + "|"]
     for said, start in RESIDENT.items():
@@ -227,6 +239,11 @@ def resident_table(budget: Mapping[str, Mapping[str, Mapping[str, Mapping[str, i
             programs = min(f["resident"] for f in found)
             cells.append(f"{programs} ({registers}, {shared / 1024:.0f} KiB)")
         lines.append(f"| {said} | {' | '.join(cells)} |")
+    alone: dict[tuple[str, str], list[str]] = {}
+    for (target, start), reason in ONE_RESIDENT.items():
+        alone.setdefault((start, reason), []).append(target)
+    lines.append("")
+    lines += [f"- `{start}` on {', '.join(found)}: {reason}." for (start, reason), found in alone.items()]
     return "\n".join(lines)
 
 
