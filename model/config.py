@@ -79,7 +79,7 @@ class Blip2PreTrainingConfig:
             raise ValueError(
                 f"pad_token_id: expected qformer's {self.qformer.pad_token_id}, got {self.pad_token_id}"
             )
-        _check_number("temperature", self.temperature, "> 0", lambda value: value > 0)
+        _check_number("temperature", self.temperature, "> 0", lambda value: 0 < value < float("inf"))
         _check_number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
         check_choice("lm_normalisation", self.lm_normalisation, LM_NORMALISATIONS)
         check_choice("itc_gradient", self.itc_gradient, ITC_GRADIENTS)

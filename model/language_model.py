@@ -34,6 +34,26 @@ def position_limit(language_model: nn.Module) -> int | None:
     return limit if any(has_room) else None
 
 
+def check_sampling(options: Mapping[str, Any], do_sample: bool) -> None:
+    """Refuse options of sampling where nothing is sampled, which transformers passes over with a warning."""
+    for name in ("temperature", "top_k", "top_p"):
+        if not do_sample and options.get(name) is not None:
+            raise ValueError(f"{name}: expected None without do_sample=True, got {describe(options[name])}")
+
+
+def check_generate_options(language_model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Check what `generate` would pass over or trip on.
+
+    Raises:
+        TypeError, ValueError: a number of beams below 1, or options of sampling where nothing is sampled.
+    """
+    if options.get("num_beams") is not None:
+        check_int("num_beams", options["num_beams"], 1)
+    config = options.get("generation_config") or getattr(language_model, "generation_config", None)
+    sampled = options.get("do_sample")
+    check_sampling(options, bool(getattr(config, "do_sample", False) if sampled is None else sampled))
+
+
 def limit_new_tokens(
     language_model: nn.Module, options: Mapping[str, Any], length: int, limit: int | None
 ) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2_kernels.checks import describe
+
 from .base import Blip2Base
 from .checkpoints import load_checkpoint
 from .config import Blip2PreTrainingConfig
@@ -168,10 +170,17 @@ def build_stage1(
     """
     from transformers import Blip2QFormerConfig
 
+    if qformer is not None and not isinstance(qformer, Mapping):
+        raise TypeError(f"qformer: expected a mapping of fields, got {describe(qformer)}")
     fields = dict(qformer or {})
     known = vars(Blip2QFormerConfig())
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"qformer: expected fields of Blip2QFormerConfig, got {unknown}")
+    if fields.get("use_qformer_text_input", True) is not True:
+        raise ValueError(
+            "qformer.use_qformer_text_input: expected True, since stage 1 reads text, got "
+            f"{fields['use_qformer_text_input']!r}"
+        )
     vocabulary = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     fields["encoder_hidden_size"] = vision.width
     if bert is not None:

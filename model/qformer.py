@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
@@ -83,7 +84,8 @@ class QFormerModel(nn.Module):
 
     Raises:
         TypeError: another configuration.
-        ValueError: hidden_size is no multiple of num_attention_heads.
+        ValueError: hidden_size is no multiple of num_attention_heads, which is at least 1; no cross-attention
+            frequency, or an activation that transformers does not have.
     """
 
     def __init__(
@@ -94,6 +96,12 @@ class QFormerModel(nn.Module):
         if not (self.is_instruct or isinstance(config, Blip2QFormerConfig)):
             raise TypeError(
                 f"config: expected Blip2QFormerConfig or InstructBlipQFormerConfig, got {describe(config)}"
+            )
+        check_int("config.num_attention_heads", config.num_attention_heads, 1)
+        check_int("config.cross_attention_frequency", config.cross_attention_frequency, 1)
+        if isinstance(config.hidden_act, str) and config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"config.hidden_act: expected one of {', '.join(ACT2FN)}, got {config.hidden_act!r}"
             )
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(

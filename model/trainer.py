@@ -196,8 +196,17 @@ class Blip2Trainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, parts, self.names = model(inputs, self.state.global_step, self.args.world_size > 1)
-        self.micro_batches.append(Readback(parts))
+        self.micro_batches.append(Readback(self._with_faults(parts)))
         return (loss, {"parts": parts}) if return_outputs else loss
+
+    def _with_faults(self, parts: Tensor) -> Tensor:
+        """The parts [P] and behind them how many ranks have one that is not finite, so that all stop at the
+        same step and none waits for a rank that has. Sent off before the backward pass, which it does not
+        wait for."""
+        faults = (~parts.isfinite()).any().float().reshape(1)
+        if self.args.world_size > 1:
+            dist.all_reduce(faults)
+        return torch.cat([parts, faults])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -208,11 +217,15 @@ class Blip2Trainer(Trainer):
         step = self.state.global_step + 1
         read = [readback.read() for readback in self.micro_batches]
         self.micro_batches.clear()
-        means = [sum(values) / len(read) for values in zip(*read, strict=True)]
+        *means, faults = [sum(values) / len(read) for values in zip(*read, strict=True)]
         row: dict[str, float] = {"step": step, **dict(zip(["loss", *self.names], means, strict=True))}
         row["learning_rate"] = self.settings.learning_rate * self.factor(step - 1)
         self.read_late_grad_norm()
         self.refuse_nonfinite(row, ["loss", *self.names])
+        if faults:
+            parts = {name: row[name] for name in ["loss", *self.names]}
+            where = "before the optimizer step, since a loss of another rank is not finite"
+            raise NonFiniteLossError(step, parts, self.last_checkpoint, where)
         norm = self._grad_norm
         if isinstance(norm, Tensor) and reads_late(norm.device):
             # The host does not wait for the backward pass: the fused optimizer leaves everything as it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import sys
 import time
 import warnings
@@ -333,11 +334,13 @@ def draw_figures(
 
 
 def save_pictures(scenes: Sequence[Scene], folder: Path, size: int = 112) -> list[str]:
-    """Small PNGs of scenes; returns their file names."""
+    """Small PNGs of scenes, each written whole or not at all; returns their file names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{index:02d}.png" for index in range(len(scenes))]
     for scene, name in zip(scenes, names, strict=True):
-        draw(scene).resize((size, size)).quantize(64).save(folder / name, optimize=True)
+        encoded = io.BytesIO()
+        draw(scene).resize((size, size)).quantize(64).save(encoded, "PNG", optimize=True)
+        report.write_bytes(folder / name, encoded.getvalue())
     return names
 
 

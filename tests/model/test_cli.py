@@ -249,6 +249,32 @@ def test_errors_are_one_line_and_exit_code_1(parts, tmp_path, capsys, arguments,
         cli.main([*filled, "--debug"])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--seed -1", "--seed 99999999999999999999", "--steps 0", "--batch-size 0", "--warmup -1",
+        "--accumulate 0", "--workers -1", "--save-every 0", "--num-query-tokens 2000", "--max-text-length 1",
+        "--embedding-width 0",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_name_their_option(parts, tmp_path, capsys, option):
+    filled = f"{BOTH} {option}".format(parts=parts, tmp=tmp_path / "run").split()
+    _, err = run(*filled, code=2, capsys=capsys)
+    assert option.split()[0] in err and not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_nothing(parts, tmp_path, capsys):
+    (tmp_path / "q.json").write_text('{"use_qformer_text_input": false}')
+    begin = BOTH.format(parts=parts, tmp=tmp_path / "run").split()
+    small = ["--num-query-tokens", 2, "--batch-size", 4, "--steps", 1, "--device", "cpu"]
+    _, err = run(*begin, *small, "--qformer-config", tmp_path / "q.json", code=1, capsys=capsys)
+    assert "qformer.use_qformer_text_input: expected True, since stage 1 reads text, got False" in err
+    for option, message in ((("--beta2", 2), "betas: "), (("--learning-rate", "nan"), "learning_rate: ")):
+        _, err = run(*begin, *small, *option, code=1, capsys=capsys)
+        assert message in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_options_and_help(capsys):
     _, err = run("train", "stage1", "m", "--stepz", 3, code=2, capsys=capsys)
     assert "--stepz" in err

@@ -144,6 +144,23 @@ def test_refuses_manifests(tmp_path, name, content, message):
         read_manifest(tmp_path / name)
 
 
+def test_entries_that_trip_the_reader_are_faults_like_any_other(tmp_path):
+    picture(tmp_path / "a.png")
+    lines = [
+        '{"image": "a.png", "caption": "x"}',
+        "[" * 100_000,
+        json.dumps({"image": "b" * 999, "caption": "x"}),
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    manifest = read_manifest(tmp_path / "m.jsonl", on_fault="skip")
+    assert len(manifest.images) == 1 and [fault[:7] for fault in manifest.faults] == ["line 2:", "line 3:"]
+    with pytest.raises(ValueError, match="2 faulty entries"):
+        read_manifest(tmp_path / "m.jsonl")
+    (tmp_path / "m.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not JSON"):
+        read_manifest(tmp_path / "m.json", on_fault="skip")
+
+
 def test_refuses_folders_without_captions_and_what_is_not_there(tmp_path):
     picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("\n")
@@ -408,7 +425,7 @@ def test_generation_collator_joins_prompt_and_caption():
 
 def test_collators_refuse():
     words = tokenizer()
-    with pytest.raises(ValueError, match="max_text_length: expected at least 2"):
+    with pytest.raises(ValueError, match="max_text_length: expected an int >= 2"):
         CaptionCollator(words, 1)
     with pytest.raises(ValueError, match="padding: expected 'longest' or 'max_length', got 'max'"):
         CaptionCollator(words, padding="max")

@@ -924,6 +924,16 @@ def test_forward_refuses(name, arguments, error, message, use_fused):
             "^max_length: expected at most 41 behind 8 rows .* got 42",
         ),
         (
+            dict(image_features=IMAGES, input_ids=IDS, num_beams=0),
+            ValueError,
+            "^num_beams: expected an int >= 1, got 0",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, top_p=0.9),
+            ValueError,
+            r"^top_p: expected None without do_sample=True, got float 0\.9",
+        ),
+        (
             dict(image_features=IMAGES, input_ids=IDS, max_new_tokens=0),
             ValueError,
             "^max_new_tokens: expected an int >= 1, got 0",

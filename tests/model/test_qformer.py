@@ -424,3 +424,11 @@ class TestBadInput:
             QFormerModel({"hidden_size": 4})
         with pytest.raises(ValueError, match=r"config: .*multiple of num_attention_heads, got 32 and 5"):
             QFormerModel(blip2_config(num_attention_heads=5))
+        with pytest.raises(ValueError, match=r"^config\.num_attention_heads: expected an int >= 1, got 0"):
+            QFormerModel(blip2_config(num_attention_heads=0))
+        with pytest.raises(
+            ValueError, match=r"^config\.cross_attention_frequency: expected an int >= 1, got 0"
+        ):
+            QFormerModel(blip2_config(cross_attention_frequency=0))
+        with pytest.raises(ValueError, match=r"^config\.hidden_act: expected one of .*gelu.*, got 'gelou'"):
+            QFormerModel(blip2_config(hidden_act="gelou"))
