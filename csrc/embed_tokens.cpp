@@ -16,7 +16,7 @@ using Optional = std::optional<Tensor>;
 
 int64_t rows_of(const Optional& tensor) { return tensor ? tensor->size(0) : 0; }
 
-std::string describe(const Optional& tensor) { return tensor ? describe(*tensor) : "None"; }
+std::string describe_optional(const Optional& tensor) { return tensor ? describe(*tensor) : "None"; }
 
 // A table [any number of rows, width] beside weight.
 void check_table(const char* name, const Optional& table, const Tensor& weight) {
@@ -78,7 +78,7 @@ Inputs check(
   if (query_rows >= limit || text_rows >= limit - query_rows)
     refuse(
         text_rows ? token_ids ? "token_ids" : "words" : "query_rows", "fewer than 2^31 rows with those of the queries",
-        std::to_string(query_rows) + " and " + describe(token_ids ? token_ids : words));
+        std::to_string(query_rows) + " and " + describe_optional(token_ids ? token_ids : words));
   if (token_ids) check_ids("token_ids", token_ids, text_rows, rows_of(words), weight);
   if (positions && !position_ids) refuse("position_ids", "int64 [text rows] beside positions", "None");
   if (position_ids && !positions) refuse("positions", "a table beside position_ids", "None");
