@@ -26,10 +26,19 @@ struct alignas(64) RowBuffers {
   }
 };
 
+// Channels that are summed up before their sum is added to that of the row: an error grows with what is added one
+// after the other.
+constexpr int kPiece = 512;
+
 HOST_DEVICE float reciprocal_deviation(const float* __restrict hidden, int width, float mean, float eps) {
   float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int c = 0; c < width; ++c) squares += (hidden[c] - mean) * (hidden[c] - mean);
+  for (int first = 0; first < width; first += kPiece) {
+    const int last = std::min(first + kPiece, width);
+    float piece = 0;
+#pragma omp simd reduction(+ : piece)
+    for (int c = first; c < last; ++c) piece += (hidden[c] - mean) * (hidden[c] - mean);
+    squares += piece;
+  }
   return 1.0f / __builtin_sqrtf(squares / width + eps);
 }
 

@@ -73,15 +73,21 @@ HOST_DEVICE void backward_row(
   if constexpr (kDrops) buffers.draw(dropout, a.dropout.row_keys[row], width);
   gather<T>(a, row, normal);
   float sum_weighted = 0, sum_product = 0;
-#pragma omp simd reduction(+ : sum_weighted, sum_product)
-  for (int c = 0; c < width; ++c) {
-    const float g = dropped<kDrops>(dropout, lanes, c, to_float(grad[c]));
-    normal[c] = normalized(normal[c], mean, rstd);
-    weighted[c] = g * to_float(weight[c]);
-    sum_weighted += weighted[c];
-    sum_product += weighted[c] * normal[c];
-    dweight[c] += g * normal[c];
-    dbias[c] += g;
+  for (int first = 0; first < width; first += kPiece) {
+    const int last = std::min(first + kPiece, width);
+    float piece_weighted = 0, piece_product = 0;
+#pragma omp simd reduction(+ : piece_weighted, piece_product)
+    for (int c = first; c < last; ++c) {
+      const float g = dropped<kDrops>(dropout, lanes, c, to_float(grad[c]));
+      normal[c] = normalized(normal[c], mean, rstd);
+      weighted[c] = g * to_float(weight[c]);
+      piece_weighted += weighted[c];
+      piece_product += weighted[c] * normal[c];
+      dweight[c] += g * normal[c];
+      dbias[c] += g;
+    }
+    sum_weighted += piece_weighted;
+    sum_product += piece_product;
   }
   const float mean_weighted = sum_weighted / width, mean_product = sum_product / width;
   float* __restrict dhidden = a.dhidden + row * a.width;
