@@ -21,7 +21,7 @@ from .config import Blip2PreTrainingConfig
 from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel, TextEmbeddings
 from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
-from .qformer_text import FLOATING, TOKEN_IDS
+from .qformer_text import FLOATING, TOKEN_IDS, check_ids
 
 
 @contextmanager
@@ -226,9 +226,10 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         layout = self.text_layout(0, [attention_mask], device=input_ids.device)
         encoded = self.qformer.fused_encoder(
             None,
-            [self.embed_rows(input_ids, layout)],
+            [input_ids],
             layout,
             AttentionMask((MaskMode.UNIMODAL,)),
+            embeddings=self.embeddings,
             keep_texts=("first",),
             dropout_key=dropout_key,
         )
@@ -241,12 +242,6 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         """
         padded = not self.qformer.fused_encoder.uses(Saving.PACKED_TEXT)
         return TokenLayout.from_attention_masks(num_queries, masks, padded=padded, **options)
-
-    def embed_rows(self, input_ids: Tensor, layout: TokenLayout, segment: int = 0) -> Tensor:
-        """Embedded text [rows, C] of a segment of a layout, from token ids [S, T]."""
-        source, width = layout.texts[segment].source, layout.texts[segment].width
-        ids, positions = input_ids.flatten()[source], source % max(width, 1)
-        return self.embeddings(ids[None], positions[None])[0]
 
     def multimodal_hidden(
         self,
@@ -305,11 +300,12 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         )
         return self.qformer.fused_encoder(
             self.query_tokens,
-            [self.embed_rows(input_ids, layout)],
+            [input_ids],
             layout,
             AttentionMask((MaskMode.BIDIRECTIONAL,)),
             images.key_values,
             None if image_index is None else image_index.to(torch.int32),
+            embeddings=self.embeddings,
             keep_texts=("none",),
             dropout_key=dropout_key,
         ).queries
@@ -318,11 +314,13 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         """Check token ids [B, T] and their 0/1 mask; return the mask, all 1 by default.
 
         Raises:
-            TypeError, ValueError: wrong kind or shape, an empty batch or text, values other than 0 and 1.
+            TypeError, ValueError: wrong kind or shape, an empty batch or text, a mask with values other than 0
+            and 1, (on the CPU) an id out of range.
         """
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
         if 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected at least one token of one text, got {describe(input_ids)}")
+        check_ids("input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
         if attention_mask is None:
             return torch.ones_like(input_ids)
         check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES)

@@ -44,7 +44,7 @@ class TextEmbeddings(nn.Module):
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
         batch, length = input_ids.shape
         positions = self.position_embeddings.num_embeddings
-        _check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
+        check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
         if position_ids is None:
             if past_length + length > positions:
                 raise ValueError(
@@ -58,7 +58,7 @@ class TextEmbeddings(nn.Module):
                 raise ValueError(
                     f"position_ids: expected [{batch} or 1, {length}], got {list(position_ids.shape)}"
                 )
-            _check_ids("position_ids", position_ids, positions)
+            check_ids("position_ids", position_ids, positions)
         return self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
 
     def forward(
@@ -126,8 +126,8 @@ class LMHead(nn.Module):
         return F.linear(self.transform(hidden_states), word_embeddings, self.bias)
 
 
-def _check_ids(name: str, ids: Tensor, size: int) -> None:
-    """On the CPU, where looking costs no synchronisation: all ids in [0, size)."""
+def check_ids(name: str, ids: Tensor, size: int) -> None:
+    """Check that all ids are in [0, size) on the CPU, where looking costs no synchronisation; raises ValueError."""
     if not values_are_free(ids.device) or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())
