@@ -314,8 +314,8 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         """Check token ids [B, T] and their 0/1 mask; return the mask, all 1 by default.
 
         Raises:
-            TypeError, ValueError: wrong kind or shape, an empty batch or text, a mask with values other than 0
-            and 1, (on the CPU) an id out of range.
+            TypeError, ValueError: wrong kind or shape, an empty batch or text, a mask with values other than
+            0 and 1, (on the CPU) an id out of range.
         """
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
         if 0 in input_ids.shape:

@@ -283,8 +283,8 @@ class FusedEncoder:
             mask: one mode a text segment.
             images: from `project_images`; needed wherever there are queries.
             image_index: int32 [S]; default sample s looks at image s.
-            embeddings: what embeds token ids: `embeddings(ids [1, n], positions [1, n])` gives word + position
-                [1, n, hidden], from tables `word_embeddings` and `position_embeddings`. None where texts come
+            embeddings: what embeds token ids: `embeddings(ids [1, n], positions [1, n])` gives word +
+                position [1, n, hidden], from tables `word_embeddings` and `position_embeddings`. None where texts come
                 embedded.
             position_ids: with `embeddings`, integers [S or 1, width] of each segment; default 0, 1, 2 ...
             keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
@@ -438,9 +438,7 @@ class FusedEncoder:
             if embeddings is None:
                 check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
             else:
-                check_tensor(
-                    f"texts[{i}]", text, [layout.samples, segment.width], TOKEN_IDS, layout.device
-                )
+                check_tensor(f"texts[{i}]", text, [layout.samples, segment.width], TOKEN_IDS, layout.device)
         if not layout.num_queries:
             if queries is not None:
                 raise ValueError(f"queries: expected None for a layout without, got {describe(queries)}")

@@ -99,7 +99,9 @@ def draw_embed(queries, text_rows, width, dtype, *, embedded=False):
     return tensors, (words, torch.randint(0, 5, (text_rows,)))
 
 
-def check_embed(ops, queries, samples, text_rows, width, dtype, dropout, *, apart=False, embedded=False, padding=-1):
+def check_embed(
+    ops, queries, samples, text_rows, width, dtype, dropout, *, apart=False, embedded=False, padding=-1
+):
     tensors, ids = draw_embed(queries, text_rows, width, dtype, embedded=embedded)
     if apart:
         tensors[:3] = [None if t is None else strided(t) for t in tensors[:3]]
@@ -108,7 +110,13 @@ def check_embed(ops, queries, samples, text_rows, width, dtype, dropout, *, apar
 
     def plain(queries, words, positions, weight, bias):
         options = {"query_rows": query_rows, "padding_idx": None if padding < 0 or embedded else padding}
-        drop = {"dropout": dropout, "dropout_key": key, "row_keys": names, "layer": 0, "site": Site.EMBEDDINGS}
+        drop = {
+            "dropout": dropout,
+            "dropout_key": key,
+            "row_keys": names,
+            "layer": 0,
+            "site": Site.EMBEDDINGS,
+        }
         given = options | drop
         return embed_tokens_reference(queries, words, positions, *ids, weight, bias, eps=1e-5, **given)
 
@@ -131,9 +139,15 @@ def test_embed_every_dtype_and_width(on_host, dtype, width):
 def test_embed_random_cases(on_host, seed):
     rng = random.Random(seed)
     for _ in range(100):
-        queries, samples, text_rows, width = (rng.randint(*ends) for ends in ((0, 5), (0, 4), (1, 40), (1, 1100)))
+        queries, samples, text_rows, width = (
+            rng.randint(*ends) for ends in ((0, 5), (0, 4), (1, 40), (1, 1100))
+        )
         dtype, dropout = rng.choice(DTYPES), rng.choice([0.0, 0.01, 0.5])
-        options = {"apart": rng.random() < 0.3, "embedded": rng.random() < 0.2, "padding": rng.choice([-1, 2])}
+        options = {
+            "apart": rng.random() < 0.3,
+            "embedded": rng.random() < 0.2,
+            "padding": rng.choice([-1, 2]),
+        }
         print(queries, samples, text_rows, width, dtype, dropout, options)
         check_embed(on_host, queries, samples, text_rows, width, dtype, dropout, **options)
 

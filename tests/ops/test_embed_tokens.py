@@ -27,7 +27,13 @@ def layout_of(samples, queries, *masks, **options):
 
 def draw(samples, queries, width, dtype=torch.float32, *, own=False):
     """Queries (each sample's own, or the same for all), words, positions, weight and bias."""
-    shapes = ((samples if own else 1, queries, width), (VOCABULARY, width), (PLACES, width), (width,), (width,))
+    shapes = (
+        (samples if own else 1, queries, width),
+        (VOCABULARY, width),
+        (PLACES, width),
+        (width,),
+        (width,),
+    )
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
     return tensors if queries else [None, *tensors[1:]]
 
@@ -240,7 +246,9 @@ def test_opcheck(dtype, embedded, dropout):
     inputs, weight, bias = flat_inputs(dtype, embedded=embedded)
     drop = (dropout, draw_key(), torch.arange(10, dtype=torch.int32), 9) if dropout else (0.0, None, None, 9)
     ops = torch.ops.blip2_kernels
-    leaves = [t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs[:5]]
+    leaves = [
+        t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs[:5]
+    ]
     norm = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     torch.library.opcheck(ops.embed_tokens.default, (*leaves, 6, 1, *norm, 1e-5, *drop))
     errors = torch.zeros(1, dtype=torch.int32)
@@ -294,28 +302,60 @@ LAYOUT = layout_of(2, 3, torch.ones(2, 4))
 GOOD = dict(zip(("queries", "words", "positions", "weight", "bias"), draw(2, 3, 8), strict=True))
 GOOD |= {"input_ids": [torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])], "layout": LAYOUT}
 BAD = [
-    ({"queries": torch.randn(2, 4, 8)}, ValueError, "queries: expected float32 [S or 1, 3, 8], got float32 [2, 4, 8]"),
-    ({"queries": torch.randn(3, 3, 8)}, ValueError, "queries: expected [2 or 1, 3, 8], got float32 [3, 3, 8]"),
+    (
+        {"queries": torch.randn(2, 4, 8)},
+        ValueError,
+        "queries: expected float32 [S or 1, 3, 8], got float32 [2, 4, 8]",
+    ),
+    (
+        {"queries": torch.randn(3, 3, 8)},
+        ValueError,
+        "queries: expected [2 or 1, 3, 8], got float32 [3, 3, 8]",
+    ),
     ({"queries": None}, ValueError, "queries: expected a tensor [2 or 1, 3, 8] for 3 queries, got NoneType"),
     ({"queries": torch.randn(1, 3, 8).half()}, TypeError, "queries: expected float32"),
     ({"words": torch.randn(9, 7)}, ValueError, "words: expected float32 [vocabulary, 8], got float32 [9, 7]"),
     ({"words": None}, TypeError, "words: expected a tensor"),
     ({"positions": torch.randn(9, 8).double()}, TypeError, "positions: expected float32 [places, 8]"),
-    ({"positions": torch.randn(3, 8)}, ValueError, "input_ids[0]: expected at most 3 tokens, as there are positions"),
+    (
+        {"positions": torch.randn(3, 8)},
+        ValueError,
+        "input_ids[0]: expected at most 3 tokens, as there are positions",
+    ),
     ({"weight": torch.randn(8).long()}, TypeError, "weight: expected"),
     ({"weight": torch.randn(0)}, ValueError, "weight: expected at least one channel"),
     ({"bias": torch.randn(9)}, ValueError, "bias: expected float32 [8], got float32 [9]"),
     ({"layout": "here"}, TypeError, "layout: expected a TokenLayout, got str 'here'"),
-    ({"input_ids": GOOD["input_ids"][0]}, ValueError, "input_ids: expected 1, one a text segment, got int64 [2, 4]"),
+    (
+        {"input_ids": GOOD["input_ids"][0]},
+        ValueError,
+        "input_ids: expected 1, one a text segment, got int64 [2, 4]",
+    ),
     ({"input_ids": []}, ValueError, "input_ids: expected 1, one a text segment, got 0"),
-    ({"input_ids": [torch.ones(2, 4)]}, TypeError, "input_ids[0]: expected int64 or int32 [2, 4], got float32"),
+    (
+        {"input_ids": [torch.ones(2, 4)]},
+        TypeError,
+        "input_ids[0]: expected int64 or int32 [2, 4], got float32",
+    ),
     ({"input_ids": [torch.ones(2, 5).long()]}, ValueError, "input_ids[0]: expected"),
     ({"input_ids": [torch.full((2, 4), 11)]}, ValueError, "input_ids[0]: expected values in [0, 11), got 11"),
     ({"input_ids": [torch.full((2, 4), -1)]}, ValueError, "input_ids[0]: expected values in [0, 11), got -1"),
     ({"input_ids": None}, ValueError, "words: expected float32 [8, 8], got float32 [11, 8]"),
-    ({"position_ids": [torch.full((1, 4), 9)]}, ValueError, "position_ids[0]: expected values in [0, 9), got 9"),
-    ({"position_ids": [torch.zeros(3, 4).long()]}, ValueError, "position_ids[0]: expected [2 or 1, 4], got [3, 4]"),
-    ({"positions": None, "position_ids": [None]}, ValueError, "positions: expected a table beside position_ids"),
+    (
+        {"position_ids": [torch.full((1, 4), 9)]},
+        ValueError,
+        "position_ids[0]: expected values in [0, 9), got 9",
+    ),
+    (
+        {"position_ids": [torch.zeros(3, 4).long()]},
+        ValueError,
+        "position_ids[0]: expected [2 or 1, 4], got [3, 4]",
+    ),
+    (
+        {"positions": None, "position_ids": [None]},
+        ValueError,
+        "positions: expected a table beside position_ids",
+    ),
     ({"expand_queries": 1}, TypeError, "expand_queries: expected a bool, got int 1"),
     ({"padding_idx": 11}, ValueError, "padding_idx: expected an int in [0, 10], got 11"),
     ({"eps": -1e-5}, ValueError, "eps: expected a finite number >= 0, got -1e-05"),
@@ -330,7 +370,11 @@ BAD = [
     ({"site": 3}, TypeError, "site: expected a Site, got int 3"),
     ({"layer": -1}, ValueError, "layer: expected an int in"),
     ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'csrc', 'reference', got str 'cuda'"),
-    ({"weight": torch.randn(8, device="meta")}, ValueError, "weight: expected a tensor on cpu, got one on meta"),
+    (
+        {"weight": torch.randn(8, device="meta")},
+        ValueError,
+        "weight: expected a tensor on cpu, got one on meta",
+    ),
 ]
 
 
@@ -369,14 +413,26 @@ def test_what_a_layout_without_text_refuses():
         (3, torch.ones(2, 2).long(), "token_ids: expected int64 [text rows], got int64 [2, 2]"),
         (3, torch.tensor([0, 1, 11, 2]), "token_ids: expected values in [0, 11), got 11"),
         (3, torch.tensor([0, 1, -1, 2]), "token_ids: expected values in [0, 11), got -1"),
-        (3, torch.zeros(1).long().expand(1 << 31), "token_ids: expected fewer than 2^31 rows with those of the"),
+        (
+            3,
+            torch.zeros(1).long().expand(1 << 31),
+            "token_ids: expected fewer than 2^31 rows with those of the",
+        ),
         (4, torch.zeros(3).long(), "position_ids: expected int64 [4], got int64 [3]"),
         (4, torch.tensor([0, 1, 9, 2]), "position_ids: expected values in [0, 9), got 9"),
         (4, None, "position_ids: expected int64 [text rows] beside positions, got None"),
         (5, -3, "query_rows: expected a multiple of the 3 rows of queries, got -3"),
-        (5, 3 << 31, "token_ids: expected fewer than 2^31 rows with those of the queries, got 6442450944 and"),
+        (
+            5,
+            3 << 31,
+            "token_ids: expected fewer than 2^31 rows with those of the queries, got 6442450944 and",
+        ),
         (6, torch.ones(12, 1), "weight: expected float32, float16 or bfloat16 [width], got float32 [12, 1]"),
-        (6, torch.ones(12).double(), "weight: expected float32, float16 or bfloat16 [width], got float64 [12]"),
+        (
+            6,
+            torch.ones(12).double(),
+            "weight: expected float32, float16 or bfloat16 [width], got float64 [12]",
+        ),
         (6, torch.ones(4097), "weight: expected a width from 1 to 4096, got float32 [4097]"),
         (7, torch.ones(12).half(), "bias: expected float32 [12], got float16 [12]"),
         (8, -1.0, "eps: expected a finite number >= 0, got -1"),

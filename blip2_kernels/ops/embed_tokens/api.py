@@ -48,13 +48,13 @@ def embed_tokens(
         queries: [S, Q, width], or [1, Q, width] where all samples have the same; None where Q = 0.
         input_ids: int64 or int32 [S, the segment's width] a text segment, values in [0, vocabulary); None
             where the text was embedded elsewhere.
-        words: [vocabulary, width]; with `input_ids` None the embedded text, [text rows, width] of all segments,
-            packed. None in a layout without text.
+        words: [vocabulary, width]; with `input_ids` None the embedded text, [text rows, width] of all
+            segments, packed. None in a layout without text.
         positions: [places, width], or None for no position embeddings.
         weight, bias: [width] of the LayerNorm; fp16, bf16, fp32 or fp64, the dtype of everything that floats.
         layout: where the rows lie, and their names for dropout.
-        position_ids: int64 or int32 [S or 1, the segment's width] a text segment, values in [0, places); None,
-            for all or for one of them: 0, 1, 2 ...
+        position_ids: int64 or int32 [S or 1, the segment's width] a text segment, values in [0, places);
+            None, for all or for one of them: 0, 1, 2 ...
         expand_queries: False writes the queries of one sample only, before the text; nothing may be dropped
             then, and `queries` is [1, Q, width].
         padding_idx: a word whose row gets no gradient, as in `nn.Embedding`.
@@ -70,8 +70,8 @@ def embed_tokens(
             that cannot serve raises.
 
     Returns:
-        [layout.rows, width] in weight's dtype (fewer rows with `expand_queries=False`). Backend `csrc` computes
-        in fp32 throughout and rounds once; its gradients, those of the tables too, are the same in every run,
+        [layout.rows, width] in weight's dtype (fewer rows with `expand_queries=False`). Backend `csrc`
+        computes in fp32 throughout and rounds once; its gradients, those of the tables too, are the same in every run,
         whatever the number of threads.
 
     Raises:
@@ -123,9 +123,7 @@ def embed_tokens(
 Alike = tuple[list[torch.dtype], torch.device]
 
 
-def _check_queries(
-    queries: object, layout: TokenLayout, width: int, expand: object, alike: Alike
-) -> int:
+def _check_queries(queries: object, layout: TokenLayout, width: int, expand: object, alike: Alike) -> int:
     """The number of query rows to be written."""
     if not isinstance(expand, bool):
         raise TypeError(f"expand_queries: expected a bool, got {describe(expand)}")
@@ -154,14 +152,14 @@ def _check_text(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The words and the positions of the text rows, int64 [text rows] each."""
     segments, rows = layout.texts, layout.rows - layout.query_rows
-    for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
-        if ids is not None and (isinstance(ids, Tensor) or len(ids) != len(segments)):
-            got = describe(ids) if isinstance(ids, Tensor) else str(len(ids))
+    for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
+        if given is not None and (isinstance(given, Tensor) or len(given) != len(segments)):
+            got = describe(given) if isinstance(given, Tensor) else str(len(given))
             raise ValueError(f"{name}: expected {len(segments)}, one a text segment, got {got}")
     if not segments:
-        for name, given in (("words", words), ("positions", positions)):
-            if given is not None:
-                raise ValueError(f"{name}: expected None in a layout without text, got {describe(given)}")
+        for name, unread in (("words", words), ("positions", positions)):
+            if unread is not None:
+                raise ValueError(f"{name}: expected None in a layout without text, got {describe(unread)}")
         return None, None
     table = check_tensor("words", words, [rows if input_ids is None else "vocabulary", width], *alike)
     if positions is None and position_ids is not None:

@@ -126,7 +126,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
         return (None,) * 14
     *tables, weight, mean, rstd, dropout_key, row_keys = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    # Rows of one word, or one position, side by side, in their order: the gradient of each is one owner's sum.
+    # Rows of one word, or one position, side by side in their order: each gradient is one owner's sum.
     orders = [
         ids.argsort(stable=True) if wants and ids is not None else None
         for wants, ids in zip(wanted[1:], tables[3:], strict=True)

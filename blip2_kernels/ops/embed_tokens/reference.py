@@ -29,8 +29,8 @@ def embed_tokens_reference(
 
     Args:
         queries: [n, width], or None; n divides `query_rows`.
-        words, positions: [vocabulary, width] and [places, width]; or with `token_ids` None: the text rows, and
-            None.
+        words, positions: [vocabulary, width] and [places, width]; or with `token_ids` None: the text rows,
+            and None.
         token_ids, position_ids: int64 [text rows].
         weight, bias, query_rows, padding_idx, eps, dropout, dropout_key, row_keys, layer, site: as there.
     """
