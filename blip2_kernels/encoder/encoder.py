@@ -284,8 +284,8 @@ class FusedEncoder:
             images: from `project_images`; needed wherever there are queries.
             image_index: int32 [S]; default sample s looks at image s.
             embeddings: what embeds token ids: `embeddings(ids [1, n], positions [1, n])` gives word +
-                position [1, n, hidden], from tables `word_embeddings` and `position_embeddings`. None where texts come
-                embedded.
+                position [1, n, hidden], from tables `word_embeddings` and `position_embeddings`.
+                None where texts come embedded.
             position_ids: with `embeddings`, integers [S or 1, width] of each segment; default 0, 1, 2 ...
             keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
                 all.

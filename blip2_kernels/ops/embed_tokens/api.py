@@ -71,8 +71,8 @@ def embed_tokens(
 
     Returns:
         [layout.rows, width] in weight's dtype (fewer rows with `expand_queries=False`). Backend `csrc`
-        computes in fp32 throughout and rounds once; its gradients, those of the tables too, are the same in every run,
-        whatever the number of threads.
+        computes in fp32 throughout and rounds once; its gradients, those of the tables too, are the same
+        in every run, whatever the number of threads.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message, before
