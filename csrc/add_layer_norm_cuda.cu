@@ -199,8 +199,7 @@ __global__ void __launch_bounds__(
     }
   }
 
-  float* partials = a.partials + int64_t(blockIdx.x) * kNormSums * a.width;
-  store_part<kNormSums, kThreads, kGroups, kOctets, kWide>(sums, a.sums, partials, width);
+  store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);
 }
 
 template <class X, class T>

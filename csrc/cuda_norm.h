@@ -31,12 +31,11 @@ __device__ __forceinline__ float reciprocal_deviation(
   return reciprocal_root(squares[0] * inverse_width + eps);
 }
 
-// Ends a part: adds up what its kGroups groups of kThreads threads summed, and writes the vectors that are `wanted`
-// to [kSums, width].
-template <int kSums, int kThreads, int kGroups, int kOctets, bool kWide>
+// Ends a backward's part: adds up what its kGroups groups of kThreads threads summed, and writes the vectors that
+// somebody asks for to a.partials.
+template <int kThreads, int kGroups, bool kWide, class Arguments, int kSums, int kOctets>
 __device__ __forceinline__ void store_part(
-    Octet (&sums)[kSums][kOctets], void* const (&wanted)[kSums], float* partials, int width) {
-  const int thread = threadIdx.x % kThreads, group = threadIdx.x / kThreads;
+    const Arguments& a, Octet (&sums)[kSums][kOctets], int thread, int group, int width, int octets) {
   if constexpr (kGroups > 1) {
     static_assert(kOctets == 1);
     __shared__ float others[kGroups - 1][kSums][kLanes][kThreads];
@@ -60,8 +59,8 @@ __device__ __forceinline__ void store_part(
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       const int octet = thread + i * kThreads;
-      if (octet < octets_of(width) && wanted[kind] != nullptr)
-        store_octet<kWide>(partials + int64_t(kind) * width, octet, width, sums[kind][i]);
+      float* partials = a.partials + (int64_t(blockIdx.x) * kSums + kind) * a.width;
+      if (octet < octets && a.sums[kind] != nullptr) store_octet<kWide>(partials, octet, width, sums[kind][i]);
     }
 }
 

@@ -187,8 +187,7 @@ __global__ void __launch_bounds__(
       if (row < last && octet < octets) store_octet<kWide>(a.dhidden + row * a.width, octet, width, gradient);
     }
   }
-  float* partials = a.partials + int64_t(blockIdx.x) * kEmbedSums * a.width;
-  store_part<kEmbedSums, kThreads, kGroups, kOctets, kWide>(sums, a.sums, partials, width);
+  store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);
 }
 
 constexpr int kListWarps = 8;  // share the rows of a destination
