@@ -21,7 +21,7 @@ from .config import Blip2PreTrainingConfig
 from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel, TextEmbeddings
 from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
-from .qformer_text import FLOATING, TOKEN_IDS
+from .qformer_text import FLOATING, TOKEN_IDS, check_ids
 
 
 @contextmanager
@@ -235,9 +235,10 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         layout = self.text_layout(0, [attention_mask], device=input_ids.device)
         encoded = self.qformer.fused_encoder(
             None,
-            [self.embed_rows(input_ids, layout)],
+            [input_ids],
             layout,
             AttentionMask((MaskMode.UNIMODAL,)),
+            embeddings=self.embeddings,
             keep_texts=("first",),
             dropout_key=dropout_key,
         )
@@ -250,12 +251,6 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         """
         padded = not self.qformer.fused_encoder.uses(Saving.PACKED_TEXT)
         return TokenLayout.from_attention_masks(num_queries, masks, padded=padded, **options)
-
-    def embed_rows(self, input_ids: Tensor, layout: TokenLayout, segment: int = 0) -> Tensor:
-        """Embedded text [rows, C] of a segment of a layout, from token ids [S, T]."""
-        source, width = layout.texts[segment].source, layout.texts[segment].width
-        ids, positions = input_ids.flatten()[source], source % max(width, 1)
-        return self.embeddings(ids[None], positions[None])[0]
 
     def multimodal_hidden(
         self,
@@ -317,11 +312,12 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         )
         return self.qformer.fused_encoder(
             self.query_tokens,
-            [self.embed_rows(input_ids, layout)],
+            [input_ids],
             layout,
             AttentionMask((MaskMode.BIDIRECTIONAL,)),
             images.key_values,
             None if image_index is None else image_index.to(torch.int32),
+            embeddings=self.embeddings,
             keep_texts=("none",),
             dropout_key=dropout_key,
         ).queries
@@ -331,7 +327,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
 
         Raises:
             TypeError, ValueError: wrong kind or shape, an empty batch or text, more columns than the position
-            table has rows, (on the CPU) mask values other than 0 and 1.
+            table has rows, (on the CPU) mask values other than 0 and 1, an id out of range.
         """
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
         if 0 in input_ids.shape:
@@ -342,6 +338,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
                 f"input_ids: expected at most {positions} tokens (max_position_embeddings), got "
                 f"{input_ids.shape[1]}"
             )
+        check_ids("input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
         if attention_mask is None:
             return torch.ones_like(input_ids)
         check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES)

@@ -337,10 +337,11 @@ class Blip2ForPreTraining(Blip2Base):
         ids = {TEXT_STREAM: input_ids, CAPTION_STREAM: self._caption_ids(input_ids)}
         encoded = encoder(
             self.query_tokens,
-            [self.embed_rows(ids[stream], layout, i) for i, stream in enumerate(streams)],
+            [ids[stream] for stream in streams],
             layout,
             AttentionMask(modes),
             images.key_values,
+            embeddings=self.embeddings,
             keep_texts=keep,
             dropout_key=dropout_key,
         )

@@ -127,7 +127,11 @@ class LMHead(nn.Module):
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """On the CPU, where looking costs no synchronisation: all ids in [0, size), else ValueError."""
+    """Check that ids are in [0, size), on the CPU, where looking costs no synchronisation.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
     if not values_are_free(ids.device) or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())

@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
+from ..ops.embed_tokens.api import TOKEN_IDS
 from ..ops.image_arguments import check_image_index
 from ..ops.philox import Site, draw_key
+from .embeddings import first_rows
 from .images import ImageFeatures, ImageKeyValues, KeyValues, project
 from .layer import (
     CallLayer,
@@ -306,21 +308,27 @@ class FusedEncoder:
         images: ImageKeyValues | None = None,
         image_index: Tensor | None = None,
         *,
+        embeddings: nn.Module | None = None,
+        position_ids: Sequence[Tensor | None] | None = None,
         keep_queries: bool = True,
         keep_texts: Sequence[Selection] | None = None,
         dropout_key: Tensor | None = None,
     ) -> EncodedRows:
-        """Encode embedded rows.
+        """Encode queries and texts.
 
         Args:
             queries: query tokens before the first LayerNorm, [S, Q, hidden], or [1, Q, hidden] where all
                 samples start from the same; None where Q = 0.
             texts: embedded text (word + position) before the first LayerNorm, the packed rows [rows, hidden]
-                of each segment.
+                of each segment; with `embeddings` the token ids, integers [S, width] of each segment.
             layout: where the rows lie.
             mask: one mode a text segment.
             images: from `project_images`; needed where there are queries, None where there are none.
             image_index: int32 [S] in [0, images); default sample s looks at image s.
+            embeddings: what embeds token ids: `embeddings(ids [1, n], positions [1, n])` gives word +
+                position [1, n, hidden], from tables `word_embeddings` and `position_embeddings`.
+                None where texts come embedded.
+            position_ids: with `embeddings`, integers [S or 1, width] of each segment; default 0, 1, 2 ...
             keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
                 all.
             dropout_key: int64 [] from `draw_key`, so that several passes can share a step's key; default a
@@ -333,7 +341,9 @@ class FusedEncoder:
             TypeError, ValueError: an argument of the wrong kind or shape, parts that do not belong together,
                 or a saving that is forced on where it does not hold.
         """
-        queries, texts = self._check(queries, texts, layout, mask, images, image_index)
+        queries, texts = self._check(
+            queries, texts, layout, mask, images, image_index, embeddings, position_ids
+        )
         layers = self.qformer.encoder.layer
         keep = tuple(["all"] * len(texts) if keep_texts is None else keep_texts)
         key = None
@@ -345,7 +355,19 @@ class FusedEncoder:
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)
 
-        hidden = self._embed(queries, texts, run, shared)
+        inside = getattr(self.qformer, "layernorm", None) is None
+        owner = self.qformer.embeddings if inside else self.qformer
+        drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
+        hidden = first_rows(
+            owner.layernorm,
+            embeddings,
+            queries,
+            texts,
+            position_ids,
+            layout,
+            drop,
+            expand_queries=not shared,
+        )
         for number, layer in enumerate(layers):
             if whole[number] is not None:
                 if self.call_layer is None:
@@ -436,22 +458,6 @@ class FusedEncoder:
         # One layer alone is first and last; a layer that is called whole wants every row.
         return shared and len(whole) > 1 and whole[0] is None, early
 
-    def _embed(self, queries: Tensor | None, texts: Sequence[Tensor], run: Pass, shared: bool) -> Tensor:
-        """Rows behind the first LayerNorm and its dropout."""
-        layout = run.layout
-        parts = []
-        if queries is not None:
-            if not shared:
-                queries = queries.expand(layout.samples, -1, -1)
-            parts.append(queries.flatten(0, 1))
-        parts.extend(texts)
-        rows = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts])
-        inside = getattr(self.qformer, "layernorm", None) is None
-        owner = self.qformer.embeddings if inside else self.qformer
-        rows = owner.layernorm(rows.to(owner.layernorm.weight.dtype))
-        drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
-        return rows if drop is None else drop(rows)
-
     def _check(
         self,
         queries: Tensor | None,
@@ -460,6 +466,8 @@ class FusedEncoder:
         mask: AttentionMask,
         images: ImageKeyValues | None,
         image_index: Tensor | None,
+        embeddings: nn.Module | None,
+        position_ids: Sequence[Tensor | None] | None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         hidden = self.qformer.config.hidden_size
         if not isinstance(layout, TokenLayout):
@@ -469,8 +477,13 @@ class FusedEncoder:
         mask.check(layout)
         if len(texts) != len(layout.texts):
             raise ValueError(f"texts: expected {len(layout.texts)}, one a text segment, got {len(texts)}")
+        if position_ids is not None and embeddings is None:
+            raise ValueError("position_ids: expected embeddings beside it, got None")
         for i, (text, segment) in enumerate(zip(texts, layout.texts, strict=True)):
-            check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
+            if embeddings is None:
+                check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
+            else:
+                check_tensor(f"texts[{i}]", text, [layout.samples, segment.width], TOKEN_IDS, layout.device)
         if not layout.num_queries:
             given = {"queries": queries, "images": images, "image_index": image_index}
             for name, value in given.items():

@@ -20,6 +20,9 @@ STOCK = (
 )
 """Where the classes of Q-Former layers that this encoder knows are defined."""
 
+EMBEDDINGS = ("blip2_kernels.model.qformer_text", "transformers.models.blip_2.modeling_blip_2")
+"""Where the classes of text embeddings that are the sum of a word and a position are defined."""
+
 
 def _recorder(hook: object) -> bool:
     """Whether a forward hook is the one by which transformers records outputs. It stays on a module for good
@@ -96,6 +99,13 @@ def call_linear(module: nn.Module, x: Tensor) -> Tensor:
     if x.device.type == "cpu" and plain_reason(module, nn.Linear) is None:
         return linear(x, module.weight, module.bias)
     return module(x)
+
+
+def stock_reason(embeddings: nn.Module) -> str | None:
+    """None where text embeddings are an untouched module of a class that is known here, else why not."""
+    if type(embeddings).__module__ not in EMBEDDINGS:
+        return f"is a {type(embeddings).__qualname__}"
+    return touched_reason(embeddings)
 
 
 def projections_reason(attention: nn.Module) -> str | None:
