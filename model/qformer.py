@@ -5,7 +5,6 @@ dense masks, one module after the other (`qformer_layers.py`). `use_fused=True` 
 `blip2_kernels.encoder.FusedEncoder`.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,11 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
-from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall, Saving
+from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall
 from blip2_kernels.encoder.modules import checkpoints, drops
-from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, TokenLayout, padded_row_keys
-from blip2_kernels.mask import AttentionMask, MaskMode
+from blip2_kernels.encoder.padded import encode_padded
+from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, padded_row_keys
+from blip2_kernels.mask import MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
 
 from .qformer_init import init_bert_weights
@@ -287,16 +287,18 @@ class QFormerModel(nn.Module):
                 prepared = self.fused_encoder.project_images(
                     image, mask=image_mask, query_rows=batch * query_length
                 )
-            out = self._forward_fused(
-                hidden,
-                same_queries,
-                text_mask,
-                query_length,
-                prepared,
-                mask,
-                row_keys,
-                dropout_key,
-                queries_only,
+            queries, text = hidden[:, :query_length], hidden[:, query_length:]
+            out = encode_padded(
+                self.fused_encoder,
+                (queries[:1] if same_queries else queries) if query_length else None,
+                text if length > query_length else None,
+                samples=batch,
+                text_mask=text_mask,
+                images=prepared if query_length else None,
+                mode=mask,
+                row_keys=row_keys,
+                dropout_key=dropout_key,
+                queries_only=queries_only,
             )
             return QFormerOutput(last_hidden_state=out, pooler_output=out[:, 0])
         if prepared is not None and image is not None:
@@ -350,56 +352,6 @@ class QFormerModel(nn.Module):
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
-
-    def _forward_fused(
-        self,
-        hidden: Tensor,
-        same_queries: bool,
-        text_mask: Tensor | None,
-        query_length: int,
-        images: ImageKeyValues | None,
-        mask: MaskMode,
-        row_keys: Tensor | None,
-        dropout_key: Tensor | None,
-        queries_only: bool,
-    ) -> Tensor:
-        """The same through the fused encoder: [B, L, C] with padded rows, or the queries' [B, Q, C]."""
-        batch, encoder = hidden.shape[0], self.fused_encoder
-        has_text = hidden.shape[1] > query_length
-        stream = CAPTION_STREAM if mask == MaskMode.MULTIMODAL_CAUSAL else TEXT_STREAM
-        layout = TokenLayout.from_attention_masks(
-            query_length,
-            [text_mask] if has_text else (),
-            samples=batch,
-            padded=not queries_only or not encoder.uses(Saving.PACKED_TEXT),
-            text_streams=[stream] if has_text else None,
-            device=hidden.device,
-        )
-        queries, text = hidden[:, :query_length], hidden[:, query_length:]
-        if same_queries:
-            queries = queries[:1]
-        if row_keys is not None:
-            names = layout.pack(
-                row_keys[:, :query_length, None], [row_keys[:, query_length:, None]] if has_text else []
-            )
-            layout = dataclasses.replace(layout, row_keys=names[:, 0])
-        image_index = None
-        if query_length and images.images != batch:
-            image_index = torch.zeros(batch, dtype=torch.int32, device=hidden.device)
-        encoded = encoder(
-            queries if query_length else None,
-            [text.flatten(0, 1)[layout.texts[0].source]] if has_text else (),
-            layout,
-            AttentionMask((mask,) if has_text else ()),
-            images if query_length else None,
-            image_index,
-            keep_texts=("none" if queries_only else "all",) if has_text else (),
-            dropout_key=dropout_key,
-        )
-        out = [encoded.queries] if query_length else []
-        if has_text and not queries_only:
-            out.append(encoded.padded_text())
-        return torch.cat(out, dim=1)
 
     def _embed(
         self,
