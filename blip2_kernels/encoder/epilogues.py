@@ -100,7 +100,7 @@ def _is_exact_gelu(activation: nn.Module, x: Tensor) -> bool:
 
 def _without_bias(dense: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The linear layer's product, and its bias where that was left out for the operator that follows."""
-    bias = dense.bias if plain_reason(dense, nn.Linear) is None else None
+    bias: Any = dense.bias if plain_reason(dense, nn.Linear) is None else None
     if bias is None or (beside is not None and bias.dtype != beside.dtype):
         return call_linear(dense, x), None
     return linear(x, dense.weight), bias
