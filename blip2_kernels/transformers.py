@@ -23,7 +23,7 @@ from transformers.utils import output_capturing
 
 from .checks import describe
 from .encoder import FusedEncoder, LayerCall
-from .encoder.modules import plain_reason, touched_reason
+from .encoder.modules import plain_reason, touched
 from .encoder.padded import encode_padded
 
 __all__ = ["fuse", "fused", "unfuse"]
@@ -90,7 +90,7 @@ class _FusedQFormer:
         owner = self.embeddings if inside else self
         parts = {"encoder": self.encoder, "embeddings": self.embeddings if inside else None}
         for name, part in parts.items():
-            reason = part is not None and touched_reason(part)
+            reason = part is not None and touched(part)
             if reason:
                 return f"{name} {reason}"
         reason = plain_reason(owner.dropout, nn.Dropout)

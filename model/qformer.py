@@ -211,8 +211,8 @@ class QFormerModel(nn.Module):
             query_length: Q; default all of `query_embeds`, or 0 with a filled cache. 0 is a text-only pass.
             input_ids: [B, T], `InstructBlipQFormerConfig` only.
             position_ids: [B or 1, T], with `input_ids` only; default counts from the text's first token.
-            text_mask: 0/1 [B, text rows, cached ones too], in place of a mask that hides no query.
-                The fused path then need not ask the device whether one is hidden.
+            text_mask: 0/1 [B, text rows, cached ones too], instead of an `attention_mask` that hides no
+                query. The fused path then need not ask the device whether one is hidden.
             mask: which of the paper's masks joins queries and text.
             past_key_values: cache of earlier rows, extended in place. A filled one takes more text under
                 MULTIMODAL_CAUSAL, the only mask under which no earlier row would have seen it.

@@ -1,6 +1,7 @@
 """The whole Q-Former on packed rows."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,15 @@ from .layer import (
     self_attention_part,
     shared_self_attention_part,
 )
-from .modules import bypass_reason, checkpoints, drops, plain_reason, projections_reason
+from .modules import (
+    bypass_reason,
+    changes,
+    checkpoints,
+    drops,
+    hinders,
+    norm_reason,
+    projections_reason,
+)
 from .plan import Architecture, Plan, Saving, Workload, table
 from .rows import EncodedRows
 from .weights import Fold, FoldedLinear, Join, WeightCache, with_zero_gradients
@@ -89,26 +98,39 @@ class FusedEncoder:
             config.encoder_hidden_size,
         )
 
-    def explain(self, work: Workload) -> str:
+    def explain(self, work: Workload, norm: nn.LayerNorm | None = None) -> str:
         """The plan of a pass as a table: which savings apply, what each saves, and why not.
 
         Modules that were changed are listed below it, with what is declined because of them.
+
+        Args:
+            work: the pass. Dropout and checkpointed layers count where the Q-Former has them on now, too.
+            norm: the image LayerNorm that `project_images` would get; default one as it was built.
+
+        Raises:
+            TypeError: `work` is no Workload.
+            ValueError: a saving is forced on where it does not hold.
         """
         if not isinstance(work, Workload):
             raise TypeError(f"work: expected a Workload, got {describe(work)}")
-        architecture = self.architecture
-        how = dict(prepared=self._cache is not None, device_type=self._device_type)
-        lines = [table(architecture, work, self.plan.decisions(work, architecture, **how))]
-        for number, layer in enumerate(self.qformer.encoder.layer):
-            reason = bypass_reason(layer)
-            if reason is not None:
-                lines.append(f"layer {number} is called whole, on padded rows: {reason}")
-            elif hasattr(layer, "crossattention"):
-                reason = projections_reason(layer.crossattention.attention)
-                if reason is not None:
-                    declined = ", ".join((Saving.NO_IMAGE_GRADIENT, Saving.ABSORBED, Saving.BIAS_IDENTITIES))
-                    lines.append(f"layer {number} goes without {declined}: its image {reason}")
-        return "\n".join(lines)
+        layers = self.qformer.encoder.layer
+        work = replace(
+            work,
+            dropout=work.dropout or drops(self.qformer),
+            attention_dropout=work.attention_dropout or any(map(self._drops_probabilities, layers)),
+            checkpointed=work.checkpointed or (work.gradients and checkpoints(self.qformer)),
+        )
+        whole = [bypass_reason(layer) for layer in layers]
+        decisions = self.plan.decisions(
+            work,
+            self.architecture,
+            prepared=self._cache is not None,
+            device_type=self._device_type,
+            hinders=hinders(self.qformer, whole, norm),
+        )
+        lines = [table(self.architecture, work, decisions)]
+        joined = decisions[Saving.JOINED_PROJECTIONS].applies
+        return "\n".join(lines + changes(self.qformer, whole, joined=joined))
 
     def prepare_inference(self) -> "FusedEncoder":
         """Keep weights that are made from other weights between calls without gradients.
@@ -177,11 +199,7 @@ class FusedEncoder:
             came = "requires_grad=True" if image_gradients else "requires_grad=False"
             raise ValueError(f"frozen: expected {not frozen} for features with {came}, got {frozen}")
 
-        crossing = [layer for layer in layers if hasattr(layer, "crossattention")]
-        reasons = (
-            bypass_reason(layer) or projections_reason(layer.crossattention.attention) for layer in crossing
-        )
-        changed = next(filter(None, reasons), None)
+        changed = hinders(self.qformer, [bypass_reason(layer) for layer in layers]).some_images
         source = self._source(features, norm, image_gradients, changed is not None)
         absorbed = self._absorbs(source, query_rows, changed)
         checkpointed = checkpoints(self.qformer)
@@ -225,12 +243,8 @@ class FusedEncoder:
         """The features as the layers will read them."""
         if norm is None:
             return ImageFeatures(features)
-        hinder = plain_reason(norm, nn.LayerNorm)
-        if hinder is None and (norm.weight is None or norm.bias is None):
-            hinder = "has no weight and bias"
-        hinder = hinder and f"the image norm {hinder}"
         features = features.to(norm.weight.dtype)
-        if self.plan.no_image_gradient(image_gradients, hinder).applies:
+        if self.plan.no_image_gradient(image_gradients, norm_reason(norm)).applies:
             return ImageFeatures.normalized(features, norm, keep_whole=keep_whole)
         return ImageFeatures(norm(features))
 
@@ -424,12 +438,9 @@ class FusedEncoder:
             keep_queries=keep_queries,
             keep_texts=keep_texts,
         )
-        if not whole:
-            return False, False
-        early = some_rows and self.plan.dead_rows(work, whole[-1]).applies
-        shared = self.plan.shared_first_layer(work).applies
-        # One layer alone is first and last; a layer that is called whole wants every row.
-        return shared and len(whole) > 1 and whole[0] is None, early
+        changed = hinders(self.qformer, whole)
+        early = some_rows and self.plan.dead_rows(work, changed.last_layer).applies
+        return self.plan.shared_first_layer(work, changed.first_layer).applies, early
 
     def _check(
         self,
