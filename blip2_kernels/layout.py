@@ -249,6 +249,11 @@ class TokenLayout:
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
         """
+        for name, values in (("text_masks", text_masks), ("text_streams", text_streams or ())):
+            if isinstance(values, str | Tensor) or not isinstance(values, Sequence):
+                raise TypeError(f"{name}: expected a sequence, one entry a segment, got {describe(values)}")
+        if not isinstance(padded, bool):
+            raise TypeError(f"padded: expected a bool, got {describe(padded)}")
         if not text_masks and samples is None:
             raise ValueError("samples: expected an int where there is no text mask, got None")
         if samples is None:
@@ -258,6 +263,8 @@ class TokenLayout:
         streams = default_streams if text_streams is None else tuple(text_streams)
         if len(streams) != len(text_masks):
             raise ValueError(f"text_streams: expected {len(text_masks)}, one a text mask, got {len(streams)}")
+        for stream in streams:
+            check_int("text_streams", stream, 0)
         if len(set(streams)) != len(streams) or any(not 0 < stream < MAX_STREAMS for stream in streams):
             raise ValueError(f"text_streams: expected distinct values in [1, {MAX_STREAMS}), got {streams}")
         if device is None:

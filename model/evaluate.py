@@ -94,8 +94,10 @@ def chance_recall_at(positives: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[
     """
     _check_tensors(positives=positives)
     _check_ks(ks)
-    if positives.ndim != 2 or 0 in positives.shape:
-        raise ValueError(f"positives: expected [queries, candidates], not empty, got {describe(positives)}")
+    if positives.ndim != 2 or 0 in positives.shape or positives.dtype != torch.bool:
+        raise ValueError(
+            f"positives: expected bool [queries, candidates], not empty, got {describe(positives)}"
+        )
     candidates = positives.shape[1]
     counts = positives.sum(1).tolist()
     chances = {}
@@ -163,7 +165,10 @@ def choice_accuracy(scores: Tensor, correct: Tensor | int = 0) -> dict[str, floa
     _check_tensors(scores=scores)
     if scores.ndim != 2 or scores.shape[0] == 0 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected [n, at least 2 candidates], got {list(scores.shape)}")
-    right = torch.as_tensor(correct, device=scores.device).expand(scores.shape[0])
+    right = torch.as_tensor(correct, device=scores.device)
+    if right.is_floating_point() or right.shape not in ((), scores.shape[:1]):
+        raise ValueError(f"correct: expected an int or integers [{scores.shape[0]}], got {describe(right)}")
+    right = right.expand(scores.shape[0])
     low, high = int(right.min()), int(right.max())
     if low < 0 or high >= scores.shape[1]:
         got = low if low < 0 else high
@@ -233,6 +238,11 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"logits, labels: expected [B, T, V] and [B, T], got "
             f"{list(logits.shape)} and {list(labels.shape)}"
+        )
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[2])]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: expected {IGNORED} or values in [0, {logits.shape[2]}), got {wrong[0].item()}"
         )
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten().long(), ignore_index=IGNORED, reduction="none"

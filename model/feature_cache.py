@@ -187,7 +187,7 @@ class FeatureCache:
             TypeError: an entry that is no picture at all.
         """
         check_int("batch_size", batch_size, 1)
-        if isinstance(images, str | bytes | Path | Tensor):
+        if isinstance(images, str | bytes | Path | Tensor) or not isinstance(images, Iterable):
             raise TypeError(f"images: expected a list of pictures, got {describe(images)}")
         self._open()
         report, self._damaged = EncodingReport(damaged=self._damaged), []

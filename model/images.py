@@ -135,7 +135,12 @@ class ImagePreprocessing:
             raise ValueError(
                 f"interpolation: expected one of {', '.join(PIL_FILTERS)}, got {self.interpolation!r}"
             )
-        background = tuple(self.background)
+        if not isinstance(self.crop, bool):
+            raise TypeError(f"crop: expected a bool, got {describe(self.crop)}")
+        background = self.background
+        if not isinstance(background, tuple | list):
+            raise TypeError(f"background: expected (red, green, blue), got {describe(background)}")
+        background = tuple(background)
         if len(background) != 3:
             raise ValueError(f"background: expected three numbers (red, green, blue), got {background}")
         for value in background:

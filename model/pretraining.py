@@ -94,7 +94,7 @@ def _check_losses(losses: object) -> frozenset[str]:
     expected = f"at least one of {', '.join(map(repr, LOSSES))}"
     if isinstance(losses, str) or not isinstance(losses, Collection):
         raise TypeError(f"losses: expected a collection with {expected}, got {describe(losses)}")
-    if not losses or not set(losses) <= set(LOSSES):
+    if not losses or not all(loss in LOSSES for loss in losses):
         raise ValueError(f"losses: expected {expected}, got {losses!r}")
     return frozenset(losses)
 

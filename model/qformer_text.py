@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.activations import ACT2FN
 
-from blip2_kernels.checks import check_tensor, values_are_free
+from blip2_kernels.checks import check_int, check_tensor, values_are_free
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKEN_IDS = (torch.int64, torch.int32)
@@ -42,6 +42,7 @@ class TextEmbeddings(nn.Module):
             ValueError: a wrong shape, a text longer than the position table, (on the CPU) an id out of range.
         """
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
+        check_int("past_length", past_length, 0)
         batch, length = input_ids.shape
         positions = self.position_embeddings.num_embeddings
         check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
@@ -122,7 +123,14 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor, word_embeddings: Tensor) -> Tensor:
-        """Logits [..., vocab] of hidden states [..., C]; `word_embeddings` is the weight [vocab, C]."""
+        """Logits [..., vocab] of hidden states [..., C]; `word_embeddings` is the weight [vocab, C].
+
+        Raises:
+            TypeError, ValueError: tensors of the wrong kind or shape.
+        """
+        check_tensor("word_embeddings", word_embeddings, [self.bias.shape[0], "channels"], FLOATING)
+        front = hidden_states.shape[:-1] if isinstance(hidden_states, Tensor) else ["..."]
+        check_tensor("hidden_states", hidden_states, [*front, word_embeddings.shape[1]], FLOATING)
         return F.linear(self.transform(hidden_states), word_embeddings, self.bias)
 
 

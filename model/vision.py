@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blip2_kernels.checks import check_tensor, describe
+from blip2_kernels.checks import check_finite, check_int, check_tensor, describe
 
 from .feature_cache import EncodingReport, FeatureCache
 from .images import ImagePreprocessing, UnfitPixelsError
@@ -53,8 +53,13 @@ def sine_positions_2d(height: int, width: int, channels: int, *, temperature: fl
         float32 [height * width, channels], row by row.
 
     Raises:
-        ValueError: channels is no multiple of 4.
+        TypeError, ValueError: a size below 1, channels that are no multiple of 4, or a temperature that is
+        not above 0.
     """
+    for name, value in (("height", height), ("width", width), ("channels", channels)):
+        check_int(name, value, 1)
+    if check_finite("temperature", temperature) <= 0:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
     if channels % 4:
         raise ValueError(f"channels: expected a multiple of 4 for sine positions, got {channels}")
     frequencies = temperature ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))

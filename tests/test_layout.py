@@ -195,6 +195,31 @@ BAD_CALLS = [
         ValueError,
         "texts[0]: expected 'last' only where every sample has a real token, got none in sample 1",
     ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, ONE),
+        TypeError,
+        "text_masks: expected a sequence, one entry",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, None),
+        TypeError,
+        "text_masks: expected a sequence, one entry",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [ONE], text_streams=3),
+        TypeError,
+        "text_streams: expected a sequence, one entry a segment, got int 3",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [ONE], text_streams=["a"]),
+        TypeError,
+        "text_streams: expected an int >= 0, got str 'a'",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [ONE], padded="yes"),
+        TypeError,
+        "padded: expected a bool, got str 'yes'",
+    ),
     (lambda: PACKED.select(texts="first"), TypeError, "texts: expected one choice a text segment, got str"),
     (lambda: PACKED.first_rows(3), ValueError, "segment: expected an int in [0, 0], got 3"),
     (lambda: PACKED.text_start(7), ValueError, "segment: expected an int in [0, 0], got 7"),

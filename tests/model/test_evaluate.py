@@ -200,6 +200,17 @@ BAD = {
         ValueError,
         "^logits: expected numbers, got NaN in 2 rows",
     ),
+    "choices of another length": (
+        lambda: evaluate.choice_accuracy(SCORES, torch.tensor([0, 0])),
+        ValueError,
+        r"^correct: expected an int or integers \[3\], got int64 \[2\]",
+    ),
+    "label 7": (
+        lambda: evaluate.token_loss(SCORES[None], torch.tensor([[0, 7, -100]])),
+        ValueError,
+        r"^labels: expected -100 or values in \[0, 3\), got 7",
+    ),
+    "soft positives": (lambda: evaluate.chance_recall_at(SCORES), ValueError, "^positives: expected bool"),
     "listed labels": (
         lambda: evaluate.token_loss(SCORES[None], [1]),
         TypeError,
