@@ -1,8 +1,8 @@
 """Both paths learn the same: the demo's training on the plain and on the fused path, side by side.
 
 The demo's stages on its scenes, with dropout. Every path starts from the same weights and sees the same
-batches, negatives and dropout masks; steps are taken in turn, so that whatever else the machine does slows all
-of them alike.
+batches, negatives and dropout masks; steps are taken in turn, so that whatever else the machine does slows
+all of them alike.
 
 Whether the paths learn the same is judged in fp64. Training amplifies rounding, between two runs of one path
 as between two paths, and what fp32 rounds away is large within twenty steps. fp32 is there for its times and
