@@ -137,10 +137,9 @@ class ImagePreprocessing:
             )
         if not isinstance(self.crop, bool):
             raise TypeError(f"crop: expected a bool, got {describe(self.crop)}")
-        background = self.background
-        if not isinstance(background, tuple | list):
-            raise TypeError(f"background: expected (red, green, blue), got {describe(background)}")
-        background = tuple(background)
+        if not isinstance(self.background, tuple | list):
+            raise TypeError(f"background: expected (red, green, blue), got {describe(self.background)}")
+        background = tuple(self.background)
         if len(background) != 3:
             raise ValueError(f"background: expected three numbers (red, green, blue), got {background}")
         for value in background:
