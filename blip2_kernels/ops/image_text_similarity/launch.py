@@ -45,9 +45,9 @@ def _forward(block: int, *, texts: int, rows: int, channels: int, warps: int, st
 
 
 def _forward_table(texts: int, ragged_stages: int = 3) -> dict[Hashable, tuple[Config, ...]]:
-    """Tiles of texts x queries, at most `texts` in half precision, and in how many stages where a block is not
-    all of an image's queries. Two programs of eight warps share a multiprocessor, so that one multiplies while
-    the other looks for its maxima."""
+    """Tiles of texts x queries, at most `texts` in half precision; `ragged_stages` where a block is not all of
+    an image's queries. Two programs of eight warps share a multiprocessor, so that one multiplies while the
+    other looks for its maxima."""
     table: dict[Hashable, tuple[Config, ...]] = {}
     for block in _QUERY_BLOCKS:
         for whole in (False, True):
@@ -83,8 +83,8 @@ def _image_gradient_table() -> dict[Hashable, tuple[Config, ...]]:
 FORWARD = LaunchTable(
     _forward_table(64), {90: _forward_table(128)} | {number: _forward_table(128, 2) for number in BLACKWELL}
 )
-"""Where a warp group multiplies (from Hopper on), the larger tile still leaves registers for two programs. Three
-stages of several blocks of queries spill 8 bytes on sm_100 in Triton 3.9."""
+"""Where a warp group multiplies (from Hopper on), the larger tile still leaves registers for two programs. On
+sm_100 three stages spill 8 bytes in Triton 3.9 where there are several blocks of queries."""
 IMAGE_GRADIENT = LaunchTable(_image_gradient_table())
 TEXT_GRADIENT = LaunchTable(
     {width: (Config.of(8, 2, BLOCK_B=16, BLOCK_E=width),) for width in (16, 32, 64, 128, 256)}
