@@ -53,6 +53,7 @@ WITH_ATOMICS = ("latent scores",)
 FORWARD = ("self forward half", "cross forward half", "cross merge half", "latent", "similarity forward half")
 TILE_OF_128 = "its scores fill the registers of eight warps, as many as two programs of 64 rows have"
 MASKED = "two where no mask is given, or lengths: a mask of any pattern takes it past 128 registers"
+SEVERAL_BLOCKS = "the running maxima of several blocks of queries take registers beside the products"
 ONE_RESIDENT = {
     **{(f"sm_{n}", "self forward half narrow tile 128x128"): TILE_OF_128 for n in ARCHITECTURES},
     ("sm_80", "cross forward half wide blocks 64x32, 8 warps, 2 stages"): (
@@ -61,6 +62,7 @@ ONE_RESIDENT = {
     ("sm_100", "cross forward half wide blocks 64x32, 8 warps, 3 stages"): (
         "two where an image is one chunk: with several it holds the sums of two"
     ),
+    **{("sm_80", f"similarity forward half {n} queries"): SEVERAL_BLOCKS for n in (111, 95, 127)},
     ("sm_90", "latent scores half K64 N128 R128, 8 warps, 3 stages"): MASKED,
     ("sm_100", "latent scores half K64 N128 R128, 8 warps, 3 stages"): MASKED,
 }

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 
 import torch
 
-from ..launching import SMALLEST_TILE, Config, LaunchTable, power_of_two
+from ..launching import BLACKWELL, SMALLEST_TILE, Config, LaunchTable, power_of_two
 
 GROUP = 8
 """Image tiles that walk along the texts together: what they read stays in the second-level cache."""
@@ -44,16 +44,17 @@ def _forward(block: int, *, texts: int, rows: int, channels: int, warps: int, st
     return Config.of(warps, stages, BLOCK_I=images, BLOCK_Q=block, BLOCK_T=texts, BLOCK_E=channels)
 
 
-def _forward_table(texts: int) -> dict[Hashable, tuple[Config, ...]]:
-    """Tiles of texts x queries, at most `texts` in half precision. Two programs of eight warps share a
-    multiprocessor, so that one multiplies while the other looks for its maxima."""
+def _forward_table(texts: int, ragged_stages: int = 3) -> dict[Hashable, tuple[Config, ...]]:
+    """Tiles of texts x queries, at most `texts` in half precision; `ragged_stages` where a block is not all of
+    an image's queries. Two programs of eight warps share a multiprocessor, so that one multiplies while the
+    other looks for its maxima."""
     table: dict[Hashable, tuple[Config, ...]] = {}
     for block in _QUERY_BLOCKS:
         for whole in (False, True):
             # Small blocks, and the running maxima of several blocks, take registers that tiles then lack.
-            large = whole and block >= 32
+            large, stages = whole and block >= 32, 3 if whole else ragged_stages
             table["half", block, whole] = (
-                _forward(block, texts=texts if large else 64, rows=128, channels=64, warps=8, stages=3),
+                _forward(block, texts=texts if large else 64, rows=128, channels=64, warps=8, stages=stages),
                 _forward(block, texts=64, rows=64, channels=32, warps=4),
             )
             table["fp32", block, whole] = (
@@ -79,8 +80,11 @@ def _image_gradient_table() -> dict[Hashable, tuple[Config, ...]]:
     return table
 
 
-FORWARD = LaunchTable(_forward_table(64), {number: _forward_table(128) for number in (90, 100, 103)})
-"""Where a warp group multiplies (from Hopper on), the larger tile still leaves registers for two programs."""
+FORWARD = LaunchTable(
+    _forward_table(64), {90: _forward_table(128)} | {number: _forward_table(128, 2) for number in BLACKWELL}
+)
+"""Where a warp group multiplies (from Hopper on), the larger tile still leaves registers for two programs. On
+sm_100 three stages spill 8 bytes in Triton 3.9 where there are several blocks of queries."""
 IMAGE_GRADIENT = LaunchTable(_image_gradient_table())
 TEXT_GRADIENT = LaunchTable(
     {width: (Config.of(8, 2, BLOCK_B=16, BLOCK_E=width),) for width in (16, 32, 64, 128, 256)}

@@ -12,7 +12,8 @@ WORKSPACE = 1 << 26
 """Scores held at a time, unless one sample alone has more."""
 
 _WARP_GROUPS = (90, 100, 103)
-"""Where a warp group multiplies (from Hopper on), a tile twice as large leaves registers for two programs."""
+"""Where a warp group multiplies (from Hopper on), a tile twice as large leaves registers for two programs, or
+for one where tokens are hidden by a mask of any pattern."""
 
 
 def key(dtype: torch.dtype, rows: int, width: int) -> tuple[str, int]:
