@@ -981,7 +981,9 @@ def test_an_instruction_is_named_as_the_caller_names_it(use_fused):
 
 
 def test_pixels_of_the_wrong_rank_and_encoders_of_the_wrong_width():
-    with pytest.raises(ValueError, match=r"pixel_values: expected .*\[batch, channels, height, width\]"):
+    with pytest.raises(
+        ValueError, match=r"pixel_values: expected .*\[batch, channels, 28, 28\], got float32 \[3, 28, 28\]"
+    ):
         with_vision()(IDS, pixel_values=torch.zeros(3, SIDE, SIDE))
     config = Blip2GenerationConfig(Blip2QFormerConfig(**{**QFORMER, "encoder_hidden_size": 9}), QUERIES)
     vision = Blip2VisionModel(Blip2VisionConfig(**VISION))

@@ -335,7 +335,7 @@ BAD = [
     ({"image_mask": torch.ones(4, 7)}, ValueError, "image_mask: expected"),
     ({"image_mask": torch.ones(3, 7) * 0.5}, ValueError, "image_mask: expected only 0 and 1, got 0.5"),
     ({"image_mask": torch.full((3, 7), 2)}, ValueError, "image_mask: expected only 0 and 1, got 2"),
-    ({"image_mask": torch.ones(3, 7, dtype=torch.float64)}, TypeError, "image_mask: expected"),
+    ({"image_mask": torch.ones(3, 7, dtype=torch.complex64)}, TypeError, "image_mask: expected"),
     (
         {"image_mask": torch.ones(3, 7), "image_lengths": LENGTHS},
         ValueError,
