@@ -30,6 +30,7 @@ from blip2_kernels.ops import (
     add_layer_norm,
     bias_gelu,
     cross_attention,
+    embed_tokens,
     image_text_similarity,
     latent_attention,
     self_attention,
@@ -353,6 +354,42 @@ def gelu_case(rows: int, width: int = 4 * CHANNELS) -> Case:
     return compiled_case(run, plain, rows, width, matrices=1, vectors=1)
 
 
+def embed_case(samples: int, width: int = CHANNELS) -> Case:
+    """Shared queries and packed captions; the backward also writes a row of zeros for every unseen word."""
+    vocabulary, places, padded = 30523, 512, 32
+    lengths = torch.tensor(TEXT).repeat(-(-samples // len(TEXT)))[:samples]
+    layout = TokenLayout.from_attention_masks(
+        QUERIES, [torch.arange(padded) < lengths[:, None]], device=torch.device("cuda")
+    )
+    ids = torch.randint(1, vocabulary, (samples, padded), device="cuda")
+    source = layout.texts[0].source
+
+    def run(backend: str, queries, words, positions, weight, bias) -> Tensor:
+        tables = (queries, [ids], words, positions, weight, bias)
+        return embed_tokens(*tables, layout, padding_idx=0, backend=backend)
+
+    def plain(queries, words, positions, weight, bias) -> Tensor:
+        text = F.embedding(ids.flatten()[source], words, 0) + F.embedding(source % padded, positions)
+        rows = torch.cat([queries.expand(samples, -1, -1).flatten(0, 1), text])
+        return F.layer_norm(rows, (width,), weight, bias, 1e-12)
+
+    row = width * DTYPE.itemsize
+    text_rows = layout.texts[0].rows
+    read = (QUERIES + text_rows + padded) * row
+    return Case(
+        lambda: draw((1, QUERIES, width), (vocabulary, width), (places, width), (width,), (width,)),
+        partial(run, "reference"),
+        {
+            OURS: Peer(partial(run, "csrc")),
+            "eager": Peer(plain),
+            "compiled": Peer(torch.compile(plain, dynamic=False)),
+        },
+        (read + layout.rows * row, read + (layout.rows + QUERIES + vocabulary + places) * row),
+        (0, 0),
+        tolerance=0.05,
+    )
+
+
 U, B, C = MaskMode.UNIMODAL, MaskMode.BIDIRECTIONAL, MaskMode.MULTIMODAL_CAUSAL
 CASES: dict[str, Callable[[], Case]] = {
     **{
@@ -377,6 +414,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "similarity-1000x5000": partial(similarity_case, 1000, 5000),
     "add_layer_norm-16384": partial(norm_case, 16384),
     "bias_gelu-16384": partial(gelu_case, 16384),
+    "embed_tokens-100": partial(embed_case, 100),
     "add_layer_norm-1024": partial(norm_case, 1024),
     "bias_gelu-1024": partial(gelu_case, 1024),
 }

@@ -1,9 +1,13 @@
 """Exact fused kernels for BLIP-2's Q-Former."""
 
+import importlib
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
+
+__all__ = ["fuse", "fused", "unfuse"]
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -30,3 +34,14 @@ class _ModelInCheckout:
 
 
 sys.meta_path.append(_ModelInCheckout)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are asked for: transformers takes seconds to import."""
+    if name in __all__:
+        return getattr(importlib.import_module(".transformers", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,5 +1,6 @@
 """Argument checks shared by every public function: one wording, `name: expected …, got …`."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,6 +64,16 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {bounds}, got {describe(value)}")
     if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return value
+
+
+def check_finite(name: str, value: object, minimum: float | None = None) -> float:
+    """Check a finite host number, at least `minimum`; raises TypeError or ValueError."""
+    bounds = "a finite number" if minimum is None else f"a finite number >= {minimum:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected {bounds}, got {describe(value)}")
+    if not math.isfinite(value) or (minimum is not None and value < minimum):
         raise ValueError(f"{name}: expected {bounds}, got {value}")
     return value
 

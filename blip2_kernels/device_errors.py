@@ -12,7 +12,7 @@ _flags: dict[torch.device, Tensor] = {}
 
 
 def error_flag(device: torch.device) -> Tensor:
-    """The device's flag, int32 [1]: how many wrong values a kernel met, 0 for none."""
+    """The device's flag, int32 [1]: 0, or about how many wrong values kernels met (at least one)."""
     if device.type == "meta":
         return torch.zeros(1, dtype=torch.int32, device=device)  # nothing runs there
     if device not in _flags:
@@ -33,7 +33,8 @@ def check_device_errors(device: torch.device | str | None = None) -> None:
         device: to look at; default every one on which a kernel ran.
 
     Raises:
-        IndexError: an `image_index` had values out of range; `validate=True` says which call it was.
+        IndexError: an `image_index`, token ids or position ids had values out of range; `validate=True` says
+            which call it was.
     """
     for found, flag in _flags.items():
         wanted = found if device is None else torch.device(device)  # "cuda" is every one of them
@@ -46,6 +47,6 @@ def raise_if_set(device: torch.device, count: int) -> None:
     if count:
         _flags[device].zero_()
         raise IndexError(
-            f"image_index: expected values in [0, images), got {count} others in an earlier call on {device};"
-            " pass validate=True to find it"
+            f"image_index: expected values in [0, images), got {count} others in an earlier call on {device}"
+            " (or input_ids or position_ids beyond their table); pass validate=True to find it"
         )

@@ -22,6 +22,7 @@ from .ops import (
     add_layer_norm,
     bias_gelu,
     cross_attention,
+    embed_tokens,
     image_text_similarity,
     latent_attention,
     self_attention,
@@ -72,6 +73,13 @@ def _cases(device: torch.device) -> dict[str, Case]:
     ) -> Tensor:
         return add_layer_norm(x, residual, weight, bias, input_bias=extra, backend=backend)
 
+    ids = [torch.tensor([[1, 4, 1, 0], [3, 1, 0, 0]], device=device)]
+
+    def embed(
+        backend: str, queries: Tensor, words: Tensor, positions: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        return embed_tokens(queries, ids, words, positions, weight, bias, layout, backend=backend)
+
     return {
         "self_attention": Case(
             lambda backend, q, k, v: self_attention(q, k, v, layout, layout, mask, backend=backend),
@@ -95,6 +103,7 @@ def _cases(device: torch.device) -> dict[str, Case]:
             attention,
         ),
         "add_layer_norm": Case(norm, ((5, 24), (5, 24), (24,), (24,), (24,)), compiled),
+        "embed_tokens": Case(embed, ((1, 3, 24), (5, 24), (4, 24), (24,), (24,)), compiled),
         "bias_gelu": Case(
             lambda backend, x, bias: bias_gelu(x, bias, backend=backend), ((5, 24), (24,)), compiled
         ),

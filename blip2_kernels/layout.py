@@ -11,13 +11,13 @@ work on two contiguous slices.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_binary, check_int, check_tensor
+from .checks import check_binary, check_int, check_tensor, describe, values_are_free
 from .device_errors import error_count, raise_if_set
 
 QUERY_STREAM = 0
@@ -33,12 +33,16 @@ MAX_STREAMS = 4
 MASK_DTYPES = (
     torch.bool,
     torch.uint8,
+    torch.int8,
+    torch.int16,
     torch.int32,
     torch.int64,
+    torch.float64,
     torch.float32,
     torch.float16,
     torch.bfloat16,
 )
+INTEGERS = (torch.int64, torch.int32)
 
 Selection = Literal["all", "first", "last", "none"]
 
@@ -54,7 +58,22 @@ def row_keys(stream: int, samples: Tensor, ordinals: Tensor) -> Tensor:
         samples: integer tensor of sample numbers below 2**19.
         ordinals: integer tensor, broadcastable against `samples`: the row's place among its sample's real
             tokens (padding rows count on behind them), below 2**10.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, or (on the CPU) a number out of range.
     """
+    check_int("stream", stream, 0, MAX_STREAMS - 1)
+    for name, numbers, limit in (("samples", samples, MAX_SAMPLES), ("ordinals", ordinals, MAX_ORDINALS)):
+        shape = numbers.shape if isinstance(numbers, Tensor) else ["..."]
+        check_tensor(name, numbers, shape, INTEGERS)
+        if values_are_free(numbers.device) and numbers.numel():
+            low, high = int(numbers.min()), int(numbers.max())
+            if low < 0 or high >= limit:
+                raise ValueError(f"{name}: expected values in [0, {limit}), got {low if low < 0 else high}")
+    return _row_keys(stream, samples, ordinals)
+
+
+def _row_keys(stream: int, samples: Tensor, ordinals: Tensor) -> Tensor:
     return ((stream << (SAMPLE_BITS + ORDINAL_BITS)) + samples * MAX_ORDINALS + ordinals).to(torch.int32)
 
 
@@ -109,14 +128,16 @@ def padded_row_keys(
         int32 [S, Q + T].
     """
     _check_names(samples, num_queries, first_sample)
+    check_int("text_stream", text_stream, 1, MAX_STREAMS - 1)
     if text_mask is not None:
-        device = text_mask.device
+        real = check_text_mask("text_mask", text_mask, samples)
+        device = real.device
     sample = torch.arange(first_sample, first_sample + samples, device=device)[:, None]
-    keys = [row_keys(QUERY_STREAM, sample, torch.arange(num_queries, device=device)[None, :])]
+    keys = [_row_keys(QUERY_STREAM, sample, torch.arange(num_queries, device=device)[None, :])]
     if text_mask is not None:
-        _, ordinal = real_tokens_first(check_text_mask("text_mask", text_mask, samples))
+        _, ordinal = real_tokens_first(real)
         check_int("text_mask.shape[1]", ordinal.shape[1], 0, MAX_ORDINALS)
-        keys.append(row_keys(text_stream, sample, ordinal))
+        keys.append(_row_keys(text_stream, sample, ordinal))
     return torch.cat(keys, dim=1)
 
 
@@ -187,6 +208,7 @@ class TokenLayout:
             padding row attends as a real row in its place would; no row attends to it.
         consecutive: the ordinals of each sample's rows in a segment are 0, 1, 2 …, as always but for a
             selection of last rows.
+        selected_from: the row keys of the layout that `select` took these rows from; None elsewhere.
     """
 
     num_queries: int
@@ -195,6 +217,7 @@ class TokenLayout:
     row_keys: Tensor
     padded: bool = False
     consecutive: bool = True
+    selected_from: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_attention_masks(
@@ -226,6 +249,11 @@ class TokenLayout:
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
         """
+        for name, values in (("text_masks", text_masks), ("text_streams", text_streams or ())):
+            if isinstance(values, str | Tensor) or not isinstance(values, Sequence):
+                raise TypeError(f"{name}: expected a sequence, one entry a segment, got {describe(values)}")
+        if not isinstance(padded, bool):
+            raise TypeError(f"padded: expected a bool, got {describe(padded)}")
         if not text_masks and samples is None:
             raise ValueError("samples: expected an int where there is no text mask, got None")
         if samples is None:
@@ -235,6 +263,8 @@ class TokenLayout:
         streams = default_streams if text_streams is None else tuple(text_streams)
         if len(streams) != len(text_masks):
             raise ValueError(f"text_streams: expected {len(text_masks)}, one a text mask, got {len(streams)}")
+        for stream in streams:
+            check_int("text_streams", stream, 0)
         if len(set(streams)) != len(streams) or any(not 0 < stream < MAX_STREAMS for stream in streams):
             raise ValueError(f"text_streams: expected distinct values in [1, {MAX_STREAMS}), got {streams}")
         if device is None:
@@ -243,7 +273,7 @@ class TokenLayout:
 
         home = text_masks[0].device if text_masks else device
         sample = torch.arange(first_sample, first_sample + samples, device=home)[:, None]
-        keys = [row_keys(QUERY_STREAM, sample, torch.arange(num_queries, device=home)[None, :]).flatten()]
+        keys = [_row_keys(QUERY_STREAM, sample, torch.arange(num_queries, device=home)[None, :]).flatten()]
         texts: list[TextSegment] = []
         for i, (mask, stream) in enumerate(zip(text_masks, streams, strict=True)):
             if i == 0 or mask is not text_masks[i - 1]:  # two texts of one mask lie alike
@@ -251,7 +281,7 @@ class TokenLayout:
                 check_int(f"text_masks[{i}].shape[1]", real.shape[1], 0, MAX_ORDINALS)
                 segment, ordinal = _text_segment(real, padded)
             texts.append(_move(segment, device))
-            keys.append(row_keys(stream, sample.flatten()[segment.source // max(segment.width, 1)], ordinal))
+            keys.append(_row_keys(stream, sample.flatten()[segment.source // max(segment.width, 1)], ordinal))
         return cls(num_queries, samples, tuple(texts), torch.cat(keys).to(device, non_blocking=True), padded)
 
     @property
@@ -270,6 +300,7 @@ class TokenLayout:
 
     def text_start(self, segment: int) -> int:
         """Number of the first row of a text segment."""
+        self._segment(segment)
         return self.query_rows + sum(text.rows for text in self.texts[:segment])
 
     def pack(self, queries: Tensor | None, texts: Sequence[Tensor] = ()) -> Tensor:
@@ -292,17 +323,21 @@ class TokenLayout:
             check_tensor("queries", queries, [self.samples, self.num_queries, "channels"])
             parts.append(queries.flatten(0, 1))
         for i, (text, segment) in enumerate(zip(texts, self.texts, strict=True)):
-            check_tensor(f"texts[{i}]", text, [self.samples, segment.width, "channels"])
+            channels = parts[0].shape[1] if parts else "channels"
+            dtypes = [parts[0].dtype] if parts else []
+            check_tensor(f"texts[{i}]", text, [self.samples, segment.width, channels], dtypes)
             parts.append(text.flatten(0, 1).index_select(0, segment.source))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def unpack_queries(self, rows: Tensor) -> Tensor:
-        """The query rows as a view [S, Q, C]."""
+        """The query rows of rows [rows, C] as a view [S, Q, C]."""
+        self._check_rows(rows)
         return rows[: self.query_rows].unflatten(0, (self.samples, self.num_queries))
 
     def unpack_text(self, rows: Tensor, segment: int = 0) -> Tensor:
         """The rows of a text segment in their padded places, [S, width, C]; 0 where padding was dropped."""
-        text = self.texts[segment]
+        self._check_rows(rows)
+        text = self._segment(segment)
         start = self.text_start(segment)
         padded = rows.new_zeros(self.samples * text.width, *rows.shape[1:])
         padded = padded.index_copy(0, text.source, rows[start : start + text.rows])
@@ -310,7 +345,17 @@ class TokenLayout:
 
     def first_rows(self, segment: int = 0) -> Tensor:
         """Row numbers int64 [S] of each sample's first real token ([CLS]); every sample must have one."""
+        _check_no_sample_is_empty("segment", "one where", self._segment(segment))
         return self.text_start(segment) + self.texts[segment].offsets[:-1].long()
+
+    def _segment(self, segment: int) -> TextSegment:
+        return self.texts[check_int("segment", segment, 0, len(self.texts) - 1)]
+
+    def _check_rows(self, rows: Tensor) -> None:
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"rows: expected a tensor [{self.rows}, ...], got {describe(rows)}")
+        if rows.dim() == 0 or rows.shape[0] != self.rows:
+            raise ValueError(f"rows: expected [{self.rows}, ...], got {describe(rows)}")
 
     def select(
         self, *, queries: bool = True, texts: Sequence[Selection] | None = None
@@ -324,7 +369,13 @@ class TokenLayout:
 
         Returns:
             The layout, and int64 [its rows]: their numbers in this layout's buffer.
+
+        Raises:
+            TypeError, ValueError: not one choice a segment, another word, or (on the CPU) the "first" or
+            "last" row of a sample that has none.
         """
+        if isinstance(texts, str):
+            raise TypeError(f"texts: expected one choice a text segment, got {describe(texts)}")
         texts = ["all"] * len(self.texts) if texts is None else list(texts)
         if len(texts) != len(self.texts):
             raise ValueError(f"texts: expected {len(self.texts)}, one a text segment, got {len(texts)}")
@@ -339,6 +390,7 @@ class TokenLayout:
                 empty = torch.zeros_like(text.offsets)
                 segment = TextSegment(empty, empty[1:], 0, 0, text.source[:0], text.width)
             elif choice in ("first", "last"):
+                _check_no_sample_is_empty(f"texts[{i}]", f"{choice!r} only where", text)
                 within = text.offsets[:-1].long() + (0 if choice == "first" else text.lengths.long() - 1)
                 ones = torch.ones_like(text.lengths)
                 offsets = torch.arange(self.samples + 1, dtype=torch.int32, device=self.device)
@@ -351,7 +403,9 @@ class TokenLayout:
         num_queries = self.num_queries if queries else 0
         consecutive = self.consecutive and "last" not in texts
         names = self.row_keys[index]
-        layout = TokenLayout(num_queries, self.samples, tuple(segments), names, self.padded, consecutive)
+        layout = TokenLayout(
+            num_queries, self.samples, tuple(segments), names, self.padded, consecutive, self.row_keys
+        )
         return layout, index
 
     def dense(self) -> DenseRows:
@@ -390,6 +444,15 @@ def _check_names(samples: int, num_queries: int, first_sample: int) -> None:
     check_int("num_queries", num_queries, 0, MAX_ORDINALS)
     check_int("first_sample", first_sample, 0, MAX_SAMPLES)
     check_int("samples", samples, 0, MAX_SAMPLES - first_sample)
+
+
+def _check_no_sample_is_empty(name: str, wanted: str, text: TextSegment) -> None:
+    """On the CPU: the row in the place of an empty sample's would be another sample's, or padding."""
+    if values_are_free(text.lengths.device) and not bool(text.lengths.all()):
+        sample = int((text.lengths == 0).nonzero()[0])
+        raise ValueError(
+            f"{name}: expected {wanted} every sample has a real token, got none in sample {sample}"
+        )
 
 
 def _move(segment: TextSegment, device: torch.device) -> TextSegment:

@@ -56,7 +56,9 @@ class AttentionMask:
         return MaskMode.BIDIRECTIONAL in self.modes
 
     def check(self, layout: TokenLayout, name: str = "layout") -> None:
-        """Raise ValueError unless `layout` has one text segment a mode."""
+        """Raise TypeError unless `layout` is one, ValueError unless it has one text segment a mode."""
+        if not isinstance(layout, TokenLayout):
+            raise TypeError(f"{name}: expected a TokenLayout, got {describe(layout)}")
         if len(layout.texts) != len(self.modes):
             raise ValueError(
                 f"{name}: expected {len(self.modes)} text segments, one a mode, got {len(layout.texts)}"

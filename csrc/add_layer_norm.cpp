@@ -52,9 +52,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     double eps, double dropout, const Optional& dropout_key, const Optional& row_keys, int64_t place) {
   const Inputs inputs = check(x, residual, weight, input_bias);
   check_tensor("bias", bias, residual.scalar_type(), {residual.size(1)}, residual);
-  if (!(eps >= 0 && eps < INFINITY)) refuse("eps", "a finite number >= 0", std::to_string(eps));
+  check_eps(eps);
   AddLayerNormForward arguments;
-  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, residual));
+  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, residual.size(0), residual));
 
   const Tensor adjacent_bias = with_adjacent_channels(bias);
   Tensor out = new_rows(residual, arguments.rows, arguments.width);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_tensor("mean", mean, ScalarType::Float, {rows}, residual);
   check_tensor("rstd", rstd, ScalarType::Float, {rows}, residual);
   AddLayerNormBackward arguments;
-  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, residual));
+  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, residual.size(0), residual));
 
   const Tensor adjacent_grad = with_adjacent_channels(grad);
   const Tensor adjacent_mean = with_adjacent_channels(mean), adjacent_rstd = with_adjacent_channels(rstd);

@@ -1,15 +1,12 @@
 // out = LayerNorm(residual + dropout(x + input_bias)), forward and backward: arguments, arithmetic, launchers.
 #pragma once
 
-#include "number.h"
+#include "layer_norm.h"
 #include "philox.h"
 
 namespace blip2_kernels {
 
-constexpr int64_t kMaxNormWidth = 4096;
 constexpr int kNormSums = 3;  // gradients that are sums over rows: weight, bias, input_bias
-// Blocks of the backward on CUDA, a part each: four on each of the 132 multiprocessors of an H100 or H200.
-constexpr int64_t kNormParts = 4 * 132;
 
 // Tensors are [rows, width]; vectors [width]; strides count elements; channels are adjacent everywhere.
 struct AddLayerNorm {
@@ -45,14 +42,6 @@ struct AddLayerNormBackward : AddLayerNorm {
   int64_t parts;
   void* sums[kNormSums];  // dweight, dbias, dinput_bias; the last may be null
 };
-
-HOST_DEVICE float normalized(float hidden, float mean, float rstd) { return (hidden - mean) * rstd; }
-
-// Gradient of what was normalised, from that of a row's result times the weight and two means over the row:
-// of that gradient, and of its product with the normalised row.
-HOST_DEVICE float hidden_gradient(float weighted, float mean_weighted, float normal, float mean_product, float rstd) {
-  return rstd * (weighted - mean_weighted - normal * mean_product);
-}
 
 // Calls run.operator()<X, T>(): x has the format of everything else, or is in half precision beside floats.
 template <class Run>

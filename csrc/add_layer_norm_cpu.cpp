@@ -1,37 +1,16 @@
 // add_layer_norm on the CPU: a row at a time, in buffers that stay in the first-level cache.
 #include "add_layer_norm.h"
 
-#include <cmath>
-
-#include "cpu_rows.h"
+#include "cpu_norm.h"
 
 namespace blip2_kernels {
 namespace {
-
-struct alignas(64) RowBuffers {
-  float hidden[kMaxNormWidth];
-  float weighted[kMaxNormWidth];
-  PhiloxWords random[kMaxNormWidth / kLanes];
-
-  // The random number of a channel: words lie in memory as their halves do, low half first.
-  HOST_DEVICE const uint16_t* lanes() const {
-    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-    return reinterpret_cast<const uint16_t*>(random);
-  }
-};
 
 template <bool kDrops, class X, class T>
 struct Rows {
   const AddLayerNorm& a;
   const Dropout dropout;
   RowBuffers& buffers;
-
-  HOST_DEVICE void draw(int64_t row) const {
-    const uint32_t row_key = a.dropout.row_keys[row];
-    const int groups = int((a.width + kLanes - 1) / kLanes);
-#pragma omp simd
-    for (int group = 0; group < groups; ++group) buffers.random[group] = philox(dropout, row_key, group);
-  }
 
   HOST_DEVICE float dropped(float value, int c, const uint16_t* lanes) const {
     return kDrops ? drop(dropout, lanes[c], value) : value;
@@ -43,7 +22,7 @@ struct Rows {
     const T* __restrict residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
     const T* __restrict input_bias = static_cast<const T*>(a.input_bias);
     float* __restrict out = buffers.hidden;
-    if constexpr (kDrops) draw(row);
+    if constexpr (kDrops) buffers.draw(dropout, a.dropout.row_keys[row], int(a.width));
     const uint16_t* lanes = buffers.lanes();
     const int width = int(a.width);
     float sum = 0;
@@ -74,10 +53,7 @@ HOST_DEVICE void forward_rows(const AddLayerNormForward& a, RowBuffers& buffers,
   const float* __restrict hidden = buffers.hidden;
   for (int64_t row = first; row < last; ++row) {
     const float mean = rows.hidden(row) / width;
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int c = 0; c < width; ++c) squares += (hidden[c] - mean) * (hidden[c] - mean);
-    const float rstd = 1.0f / __builtin_sqrtf(squares / width + a.eps);
+    const float rstd = reciprocal_deviation(hidden, width, mean, a.eps);
     T* __restrict out = static_cast<T*>(a.out) + row * a.width;
 #pragma omp simd
     for (int c = 0; c < width; ++c) {

@@ -1,19 +1,12 @@
 // add_layer_norm on CUDA: a row stays in the registers of one warp, or of several where it is wide.
 #include "add_layer_norm.h"
 
-#include "cuda_sums.h"
+#include "cuda_norm.h"
 
 namespace blip2_kernels {
 namespace {
 
 constexpr int kForwardBlock = 128;  // threads
-
-// Blocks of `threads` that a multiprocessor shall hold, for this many registers a thread.
-constexpr int resident(int threads, int registers) { return 65536 / (threads * registers); }
-
-// Registers that hold an octet as it lies in memory.
-template <class T>
-constexpr int kWords = kLanes * sizeof(T) / sizeof(uint32_t);
 
 // What is normalised of a row: residual + dropout(x + input_bias).
 template <bool kDrops>
@@ -80,17 +73,8 @@ __global__ void __launch_bounds__(
   sum_over_row<kThreads>(sum, memory[0]);
   const float mean = sum[0] * inverse_width;
 
-  float squares[1] = {0.0f};
-#pragma unroll
-  for (int i = 0; i < kOctets; ++i)
-#pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float centred = hidden[i].value[lane] - mean;
-      const int first = (thread + i * kThreads) * kLanes;
-      if ((kWide ? first : first + lane) < width) squares[0] += centred * centred;
-    }
-  sum_over_row<kThreads>(squares, memory[1]);
-  const float rstd = reciprocal_root(squares[0] * inverse_width + a.eps);
+  const float rstd = reciprocal_deviation<kThreads, kOctets, kWide>(
+      hidden, mean, thread, width, inverse_width, a.eps, memory[1]);
 
 #pragma unroll
   for (int i = 0; i < kOctets; ++i) {
@@ -215,32 +199,7 @@ __global__ void __launch_bounds__(
     }
   }
 
-  if constexpr (kGroups > 1) {
-    static_assert(kOctets == 1);
-    __shared__ float others[kGroups - 1][kNormSums][kLanes][kThreads];
-    if (group > 0)
-#pragma unroll
-      for (int kind = 0; kind < kNormSums; ++kind)
-#pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane)
-          others[group - 1][kind][lane][thread] = sums[kind][0].value[lane];
-    __syncthreads();
-    if (group > 0) return;
-#pragma unroll
-    for (int other = 0; other < kGroups - 1; ++other)
-#pragma unroll
-      for (int kind = 0; kind < kNormSums; ++kind)
-#pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane) sums[kind][0].value[lane] += others[other][kind][lane][thread];
-  }
-#pragma unroll
-  for (int kind = 0; kind < kNormSums; ++kind)
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i) {
-      const int octet = thread + i * kThreads;
-      float* partials = a.partials + (int64_t(blockIdx.x) * kNormSums + kind) * a.width;
-      if (octet < octets && a.sums[kind] != nullptr) store_octet<kWide>(partials, octet, width, sums[kind][i]);
-    }
+  store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);
 }
 
 template <class X, class T>

@@ -89,17 +89,22 @@ inline Format format_of(const Tensor& tensor) {
   }
 }
 
-// The arguments of dropout for rows like those of `beside`; all but its probability are optional where that is 0.
+inline void check_eps(double eps) {
+  if (!(eps >= 0 && eps < INFINITY)) refuse("eps", "a finite number >= 0", std::to_string(eps));
+}
+
+// The arguments of dropout for so many rows beside a tensor; all but its probability are optional where that is 0.
 inline DropoutArguments check_dropout(
-    double p, const std::optional<Tensor>& key, const std::optional<Tensor>& row_keys, int64_t place, const Tensor& beside) {
+    double p, const std::optional<Tensor>& key, const std::optional<Tensor>& row_keys, int64_t place, int64_t rows,
+    const Tensor& beside) {
   if (!(p >= 0 && p < 1)) refuse("dropout", "a number in [0, 1)", std::to_string(p));
   if (place < 0 || place >= int64_t(1) << 32) refuse("place", "an int in [0, 2^32)", std::to_string(place));
   if (p == 0) return {};
   if (!key) refuse("dropout_key", "int64 [] where dropout > 0", "None");
   if (!row_keys) refuse("row_keys", "int32 [rows] where dropout > 0", "None");
   check_tensor("dropout_key", *key, ScalarType::Long, {}, beside);
-  check_tensor("row_keys", *row_keys, ScalarType::Int, {beside.size(0)}, beside);
-  if (beside.size(0) > 1 && row_keys->stride(0) != 1)
+  check_tensor("row_keys", *row_keys, ScalarType::Int, {rows}, beside);
+  if (rows > 1 && row_keys->stride(0) != 1)
     refuse("row_keys", "adjacent values", "a stride of " + std::to_string(row_keys->stride(0)));
   constexpr double levels = 1 << 16;
   const double level = std::min(std::nearbyint(p * levels), levels - 1);

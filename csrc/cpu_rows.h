@@ -33,4 +33,45 @@ void store_sum(const float* partials, int64_t parts, int64_t stride, int64_t wid
   });
 }
 
+// Adds up a destination's rows in their order; `sums` is room for a row.
+template <class T>
+HOST_DEVICE void store_list(const RowLists& a, int64_t entry, int64_t destination, double* __restrict sums) {
+  const int width = int(a.width);
+  T* __restrict out = static_cast<T*>(a.out) + destination * a.width;
+  if (!a.belongs(entry, destination)) {
+    for (int c = 0; c < width; ++c) out[c] = T(0);
+    return;
+  }
+  const float* __restrict first = a.rows + a.row_of(entry) * a.width;
+  const int64_t step = a.step();
+  if (!a.belongs(entry + step, destination)) {  // as of most words, there is one row
+#pragma omp simd
+    for (int c = 0; c < width; ++c) out[c] = from_float<T>(first[c]);
+    return;
+  }
+#pragma omp simd
+  for (int c = 0; c < width; ++c) sums[c] = first[c];
+  for (entry += step; a.belongs(entry, destination); entry += step) {
+    const float* __restrict row = a.rows + a.row_of(entry) * a.width;
+#pragma omp simd
+    for (int c = 0; c < width; ++c) sums[c] += row[c];
+  }
+#pragma omp simd
+  for (int c = 0; c < width; ++c) out[c] = from_float<T>(float(sums[c]));
+}
+
+template <class T, int64_t kMaxWidth>
+void store_lists(const RowLists& a) {
+  const int64_t owners = a.owners(), rows_each = a.count / std::max<int64_t>(owners, 1);
+  in_parallel(owners, a.width * std::max<int64_t>(rows_each, 1), [&](int64_t first, int64_t last) {
+    double sums[kMaxWidth];
+    run_for_this_processor([&]() __attribute__((always_inline)) {
+      for (int64_t entry = first; entry < last; ++entry) {
+        const int64_t destination = a.owned(entry);
+        if (destination >= 0) store_list<T>(a, entry, destination, sums);
+      }
+    });
+  });
+}
+
 }  // namespace blip2_kernels

@@ -11,6 +11,11 @@ inline Tensor new_rows(const Tensor& like, int64_t rows, int64_t width) {
   return torch::stable::new_empty(like, {rows, width});
 }
 
+// Rows of zeros, for an operator that writes some of them.
+inline Tensor new_zero_rows(const Tensor& like, int64_t rows, int64_t width) {
+  return torch::stable::new_zeros(like, {rows, width});
+}
+
 inline Tensor new_vector(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}); }
 
 inline Tensor new_floats(const Tensor& like, int64_t size) {

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe, values_are_free
 from blip2_kernels.encoder import ImageKeyValues, Saving
-from blip2_kernels.layout import MASK_DTYPES, TokenLayout, padded_row_keys
+from blip2_kernels.layout import MASK_DTYPES, MAX_ORDINALS, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
 
 from .config import Blip2PreTrainingConfig
 from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel, TextEmbeddings
 from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
-from .qformer_text import FLOATING, TOKEN_IDS
+from .qformer_text import FLOATING, TOKEN_IDS, check_ids
 
 
 @contextmanager
@@ -90,7 +90,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
             raise ValueError("config: expected a qformer with use_qformer_text_input=True, got False")
         if vision_model is not None and not isinstance(vision_model, nn.Module):
             raise TypeError(f"vision_model: expected a torch.nn.Module or None, got {describe(vision_model)}")
-        check_int("config.num_query_tokens", config.num_query_tokens, 1)
+        check_int("config.num_query_tokens", config.num_query_tokens, 1, MAX_ORDINALS)
         check_int("config.image_text_hidden_size", config.image_text_hidden_size, 1)
         self.config = config
         self.vision_model = vision_model
@@ -169,6 +169,8 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value.
         """
+        if samples is not None:
+            check_int("samples", samples, 0)
         features = self.frozen_features(image_features, pixel_values)
         if image_mask is not None:
             check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
@@ -184,7 +186,13 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         return PreparedImages(None, image_mask, key_values)
 
     def image_hidden(self, images: PreparedImages, *, dropout_key: Tensor | None = None) -> Tensor:
-        """What the queries read from each image, [I, Q, C]."""
+        """What the queries read from each image, [I, Q, C].
+
+        Raises:
+            TypeError, ValueError: images that `prepare_images` did not make, or a key of the wrong kind.
+        """
+        _check_prepared(images)
+        _check_dropout_key(dropout_key)
         queries = self.query_tokens.expand(len(images), -1, -1)
         if images.key_values is None:
             return self.qformer(
@@ -210,6 +218,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
             a real token.
         """
         attention_mask = self.check_text(input_ids, attention_mask)
+        _check_dropout_key(dropout_key)
         if values_are_free(attention_mask.device) and not bool(attention_mask.any(dim=1).all()):
             row = int((attention_mask != 0).any(dim=1).logical_not().nonzero()[0])
             raise ValueError(f"attention_mask: expected a 1 in every row, got none in row {row}")
@@ -226,9 +235,10 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         layout = self.text_layout(0, [attention_mask], device=input_ids.device)
         encoded = self.qformer.fused_encoder(
             None,
-            [self.embed_rows(input_ids, layout)],
+            [input_ids],
             layout,
             AttentionMask((MaskMode.UNIMODAL,)),
+            embeddings=self.embeddings,
             keep_texts=("first",),
             dropout_key=dropout_key,
         )
@@ -241,12 +251,6 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         """
         padded = not self.qformer.fused_encoder.uses(Saving.PACKED_TEXT)
         return TokenLayout.from_attention_masks(num_queries, masks, padded=padded, **options)
-
-    def embed_rows(self, input_ids: Tensor, layout: TokenLayout, segment: int = 0) -> Tensor:
-        """Embedded text [rows, C] of a segment of a layout, from token ids [S, T]."""
-        source, width = layout.texts[segment].source, layout.texts[segment].width
-        ids, positions = input_ids.flatten()[source], source % max(width, 1)
-        return self.embeddings(ids[None], positions[None])[0]
 
     def multimodal_hidden(
         self,
@@ -271,7 +275,10 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value.
         """
+        _check_prepared(images)
         attention_mask = self.check_text(input_ids, attention_mask)
+        _check_dropout_key(dropout_key)
+        check_int("first_sample", first_sample, 0)
         samples = input_ids.shape[0]
         if image_index is None:
             if len(images) != samples:
@@ -305,11 +312,12 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         )
         return self.qformer.fused_encoder(
             self.query_tokens,
-            [self.embed_rows(input_ids, layout)],
+            [input_ids],
             layout,
             AttentionMask((MaskMode.BIDIRECTIONAL,)),
             images.key_values,
             None if image_index is None else image_index.to(torch.int32),
+            embeddings=self.embeddings,
             keep_texts=("none",),
             dropout_key=dropout_key,
         ).queries
@@ -318,11 +326,19 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         """Check token ids [B, T] and their 0/1 mask; return the mask, all 1 by default.
 
         Raises:
-            TypeError, ValueError: wrong kind or shape, an empty batch or text, values other than 0 and 1.
+            TypeError, ValueError: wrong kind or shape, an empty batch or text, more columns than the position
+            table has rows, (on the CPU) mask values other than 0 and 1, an id out of range.
         """
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
         if 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected at least one token of one text, got {describe(input_ids)}")
+        positions = self.config.qformer.max_position_embeddings
+        if input_ids.shape[1] > positions:
+            raise ValueError(
+                f"input_ids: expected at most {positions} tokens (max_position_embeddings), got "
+                f"{input_ids.shape[1]}"
+            )
+        check_ids("input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
         if attention_mask is None:
             return torch.ones_like(input_ids)
         check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES)
@@ -335,16 +351,26 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         return attention_mask
 
     def project_image(self, hidden: Tensor) -> Tensor:
-        """Contrastive features of the queries, [..., E] of length 1."""
+        """Contrastive features of the queries, [..., E] of length 1, from hidden states [..., C]."""
+        self._check_hidden("hidden", hidden)
         return F.normalize(self.vision_projection(hidden), dim=-1)
 
     def project_text(self, hidden: Tensor) -> Tensor:
-        """Contrastive features of the texts' first tokens, [..., E] of length 1."""
+        """Contrastive features of the texts' first tokens, [..., E] of length 1, from hidden states
+        [..., C]."""
+        self._check_hidden("hidden", hidden)
         return F.normalize(self.text_projection(hidden), dim=-1)
 
     def match(self, multimodal_hidden: Tensor) -> Tensor:
-        """ITM logits (no match, match), [S, 2]: the head on every query, averaged."""
+        """ITM logits (no match, match), [S, 2], of hidden states [S, Q, C]: the head on every query,
+        averaged."""
+        self._check_hidden("multimodal_hidden", multimodal_hidden, ["samples", "queries"])
         return self.itm_head(multimodal_hidden).mean(dim=1)
+
+    def _check_hidden(self, name: str, hidden: Tensor, front: Sequence[str] | None = None) -> None:
+        if front is None:
+            front = ["..."] * (hidden.dim() - 1) if isinstance(hidden, Tensor) else ["..."]
+        check_tensor(name, hidden, [*front, self.config.qformer.hidden_size], FLOATING)
 
     def encode_image(
         self,
@@ -390,3 +416,13 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         samples = len(input_ids) if isinstance(input_ids, Tensor) else None
         images = self.prepare_images(image_features, pixel_values, image_mask, samples=samples)
         return self.multimodal_hidden(images, input_ids, attention_mask, image_index=image_index)
+
+
+def _check_prepared(images: object) -> None:
+    if not isinstance(images, PreparedImages):
+        raise TypeError(f"images: expected PreparedImages from prepare_images, got {describe(images)}")
+
+
+def _check_dropout_key(dropout_key: object) -> None:
+    if dropout_key is not None:
+        check_tensor("dropout_key", dropout_key, [], [torch.int64])

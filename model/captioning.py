@@ -21,8 +21,9 @@ from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
 from .base import Blip2Base, evaluation_mode
+from .language_model import check_sampling
 from .qformer import QFormerCache
-from .qformer_text import TOKEN_IDS
+from .qformer_text import TOKEN_IDS, check_ids
 
 
 class CaptionConfig(PreTrainedConfig):
@@ -197,7 +198,7 @@ def generate_captions(
         num_beams: width of beam search, 1 for none.
         num_return_sequences: captions an image, at most `num_beams` unless sampling.
         do_sample: sample instead of taking the best token.
-        temperature, top_k, top_p: of sampling; defaults as transformers'.
+        temperature, top_k, top_p: of sampling, refused without it; defaults as transformers'.
         repetition_penalty, length_penalty: defaults as transformers'.
         use_cache: keep keys and values of the queries and the text so far.
         seed: of sampling, without touching torch's own generators; default draws from those.
@@ -233,7 +234,8 @@ def generate_captions(
             f"max_new_tokens: expected at most {limit + 1 - input_ids.shape[1]} behind [DEC] and the prompt "
             f"(max_position_embeddings {limit}), got {max_new_tokens}"
         )
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_sampling(sampling, do_sample)
     named = {
         **sampling,
         "min_new_tokens": min_new_tokens,
@@ -276,6 +278,7 @@ def _start(
     check_tensor("prompt_ids", prompt_ids, ["batch", "tokens"], TOKEN_IDS, device)
     if prompt_ids.shape[0] not in (1, batch):
         raise ValueError(f"prompt_ids: expected [{batch} or 1, tokens], got {list(prompt_ids.shape)}")
+    check_ids("prompt_ids", prompt_ids, model.config.qformer.vocab_size)
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids)
     check_tensor("prompt_mask", prompt_mask, prompt_ids.shape, MASK_DTYPES, device)

@@ -146,7 +146,12 @@ def load_checkpoint(
         FileNotFoundError: there is no checkpoint of that name.
         CheckpointError: a file is missing, cut short or changed, the manifest is not one of ours, or (with
             `check_finite`) weights are NaN or infinite.
+        ValueError: no device.
     """
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a torch device, got {device!r}") from error
     path = _readable_path(_final_path(path_dir))
     manifest = _read_manifest(path)
     faults = [fault for name, entry in manifest["files"].items() if (fault := _fault(path / name, entry))]

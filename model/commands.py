@@ -58,7 +58,7 @@ def doctor(
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A short run that learns little.")] = False,
-    seed: Annotated[int, typer.Option(help="Of scenes, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of scenes, weights and order.")] = 0,
     output: Annotated[Path, typer.Option(help="Where figures, captions and metrics go.")] = Path("runs/demo"),
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: the GPU where there is one.")
@@ -71,7 +71,9 @@ def demo(
     ] = None,
     compare_paths: Annotated[
         int | None,
-        typer.Option(metavar="STEPS", help="Only train so many steps on both paths; compare losses, times."),
+        typer.Option(
+            metavar="STEPS", min=1, help="Only train so many steps on both paths; compare losses, times."
+        ),
     ] = None,
 ) -> None:
     """Train both stages on pictures that pip installs, and caption pictures never seen."""
@@ -99,23 +101,26 @@ OutputOption = Annotated[
 ImageRoot = Annotated[
     Path | None, typer.Option(help="What image paths are relative to; default: the manifest.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data, in place of --steps.")]
-BatchSize = Annotated[int, typer.Option(help="Pairs a step and GPU.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step and GPU.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
 FinalRate = Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")]
 Warmup = Annotated[
-    int | None, typer.Option(help="Steps of linear warm-up; default: 2000, at most a tenth of the run.")
+    int | None,
+    typer.Option(min=0, help="Steps of linear warm-up; default: 2000, at most a tenth of the run."),
 ]
 WeightDecay = Annotated[float, typer.Option(help="AdamW's.")]
 Beta2 = Annotated[float, typer.Option(help="AdamW's second beta.")]
 Clip = Annotated[float, typer.Option(help="Clip gradients to this norm; 0 does not.")]
-Accumulate = Annotated[int, typer.Option(help="Batches a step; adds gradients, not negatives.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Batches a step; adds gradients, not negatives.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")]
-Seed = Annotated[int, typer.Option(help="Of weights, order and dropout.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and dropout.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU where there is one.")]
-Workers = Annotated[int, typer.Option(help="Processes that decode images.")]
-SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; default: one at the end.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between checkpoints; default: one at the end.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")]
 Fused = Annotated[bool, typer.Option("--use-fused/--no-use-fused", help="Run the fused encoder.")]
 CacheDir = Annotated[
@@ -222,8 +227,6 @@ def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **o
     found = latest_checkpoint(output) if resume else None
     if resume and found is None:
         _say(f"no checkpoint in {output} yet: starting anew")
-    if found is None and latest_checkpoint(output) is not None:
-        raise ValueError(f"output: expected a folder without checkpoints (or --resume), got {output}")
     betas = (0.9, options.pop("beta2"))
     result = train(
         model, dataset, collate=collate, output_dir=output, resume_from=found, betas=betas, **options
@@ -265,9 +268,11 @@ def train_stage1(
         Path | None,
         typer.Option(help="JSON file with fields of Blip2QFormerConfig that differ from BERT-base."),
     ] = None,
-    num_query_tokens: Annotated[int, typer.Option(help="Learned queries an image.")] = 32,
-    max_text_length: Annotated[int, typer.Option(help="Tokens a caption at most.")] = 32,
-    embedding_width: Annotated[int, typer.Option(help="Width in which image and text are compared.")] = 256,
+    num_query_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Learned queries an image.")] = 32,
+    max_text_length: Annotated[int, typer.Option(min=2, help="Tokens a caption at most.")] = 32,
+    embedding_width: Annotated[
+        int, typer.Option(min=1, help="Width in which image and text are compared.")
+    ] = 256,
     image_root: ImageRoot = None,
     steps: Steps = None,
     epochs: Epochs = None,
@@ -371,7 +376,7 @@ def train_stage2(
         Path, typer.Option(help="Folder of a causal or encoder-decoder language model.")
     ],
     prompt: Annotated[str, typer.Option(help="Stands before every caption, unsupervised.")] = "a photo of",
-    max_text_length: Annotated[int, typer.Option(help="Tokens a caption at most.")] = 32,
+    max_text_length: Annotated[int, typer.Option(min=2, help="Tokens a caption at most.")] = 32,
     image_root: ImageRoot = None,
     steps: Steps = None,
     epochs: Epochs = None,
@@ -456,8 +461,8 @@ def caption(
     prompt: Annotated[
         str | None, typer.Option(help="Words to go on from; default: those of the training.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest caption in tokens.")] = 30,
-    num_beams: Annotated[int, typer.Option(help="Width of the beam search.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption in tokens.")] = 30,
+    num_beams: Annotated[int, typer.Option(min=1, help="Width of the beam search.")] = 1,
     device: Device = None,
     use_fused: Fused = True,
 ) -> None:
@@ -484,9 +489,11 @@ def score(
     checkpoint: CheckpointArgument,
     manifest: ManifestArgument,
     image_root: ImageRoot = None,
-    limit: Annotated[int, typer.Option(help="Images at most.")] = 1000,
-    rerank: Annotated[int, typer.Option(help="Candidates a query to re-rank by matching; 0 for none.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images, texts or pairs at a time.")] = 32,
+    limit: Annotated[int, typer.Option(min=1, help="Images at most.")] = 1000,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="Candidates a query to re-rank by matching; 0 for none.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images, texts or pairs at a time.")] = 32,
     device: Device = None,
     use_fused: Fused = True,
     skip_faults: SkipFaults = False,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import Blip2Config, Blip2QFormerConfig
 
 from blip2_kernels.checks import check_int, describe
+from blip2_kernels.layout import MAX_ORDINALS
 
 LM_NORMALISATIONS = ("rank", "global")
 ITC_GRADIENTS = ("local", "full")
@@ -62,7 +63,7 @@ class Blip2PreTrainingConfig:
                 "qformer.use_qformer_text_input: expected True, since stage 1 reads text, got False (the "
                 "Q-Former of a stage-2 model, which has no text embeddings and no text feed-forward)"
             )
-        check_int("num_query_tokens", self.num_query_tokens, 1)
+        check_int("num_query_tokens", self.num_query_tokens, 1, MAX_ORDINALS)
         check_int("image_text_hidden_size", self.image_text_hidden_size, 1)
         check_int("max_text_length", self.max_text_length, 2, self.qformer.max_position_embeddings)
         last = self.qformer.vocab_size - 1
@@ -78,10 +79,10 @@ class Blip2PreTrainingConfig:
             raise ValueError(
                 f"pad_token_id: expected qformer's {self.qformer.pad_token_id}, got {self.pad_token_id}"
             )
-        _check_number("temperature", self.temperature, "> 0", lambda value: value > 0)
+        _check_number("temperature", self.temperature, "> 0", lambda value: 0 < value < float("inf"))
         _check_number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
-        _check_choice("lm_normalisation", self.lm_normalisation, LM_NORMALISATIONS)
-        _check_choice("itc_gradient", self.itc_gradient, ITC_GRADIENTS)
+        check_choice("lm_normalisation", self.lm_normalisation, LM_NORMALISATIONS)
+        check_choice("itc_gradient", self.itc_gradient, ITC_GRADIENTS)
 
     def __eq__(self, other: object) -> bool:
         # By content: transformers' own comparison finds a loaded configuration unequal to the saved one.
@@ -159,6 +160,7 @@ def _check_number(name: str, value: object, bounds: str, holds: Any) -> None:
         raise ValueError(f"{name}: expected a number {bounds}, got {value}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that an argument is one of some words; raises ValueError."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,6 +1,6 @@
 """Gathering over the ranks of a job; the identity where there is no process group or one rank only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ def end_process_group() -> None:
 def all_gather(x: Tensor) -> Tensor:
     """Concatenate x [B, …] of all ranks in rank order, [world * B, …], without gradient.
 
-    Every rank must pass the same shape and dtype (see `check_same_shapes`). With one rank this is x itself,
+    Every rank must pass the same shape and dtype (see `check_same_batch`). With one rank this is x itself,
     gradient included.
     """
     world_size = get_world_size()
@@ -59,29 +59,37 @@ def global_sum(x: Tensor) -> Tensor:
     return total
 
 
-def check_same_shapes(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse batches whose shapes differ between ranks, before a gather hangs or reads garbage.
+def check_same_batch(tensors: Mapping[str, Tensor], choices: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+    """Refuse batches that differ between ranks, before a gather hangs, aborts or reads garbage.
 
     Costs one small collective and one synchronisation; nothing with one rank.
 
     Args:
-        tensors: by argument name, as many and of the same rank everywhere.
+        tensors: by argument name, as many and of the same rank everywhere; their shapes must agree.
+        choices: by argument name, what holds on this rank among the words for all that may; the same words
+            everywhere.
 
     Raises:
-        ValueError: on every rank, naming the argument and the shape that each rank has.
+        ValueError: on every rank, naming the argument and what each rank has.
     """
     world_size = get_world_size()
     if world_size == 1:
         return
     device = next(iter(tensors.values())).device
-    sizes = torch.tensor([size for x in tensors.values() for size in x.shape], device=device)
-    everywhere = all_gather(sizes).view(world_size, -1).tolist()
+    numbers = [size for x in tensors.values() for size in x.shape]
+    numbers += [words.index(word) for word, words in choices.values()]
+    everywhere = all_gather(torch.tensor(numbers, device=device)).view(world_size, -1).tolist()
     start = 0
     for name, x in tensors.items():
-        shapes = [sizes[start : start + x.dim()] for sizes in everywhere]
+        shapes = [numbers[start : start + x.dim()] for numbers in everywhere]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"{name}: expected one shape on all ranks, got {shapes}")
         start += x.dim()
+    for name, (_, words) in choices.items():
+        chosen = [words[numbers[start]] for numbers in everywhere]
+        if len(set(chosen)) > 1:
+            raise ValueError(f"{name}: expected the same on all ranks, got {chosen}")
+        start += 1
 
 
 class _AllGather(torch.autograd.Function):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2_kernels.checks import check_int, describe
+
 IGNORED = -100
 
 
@@ -25,13 +27,28 @@ def positives_from_ids(row_ids: Tensor, column_ids: Tensor) -> Tensor:
         row_ids: integers [N], the image of each row (image or caption).
         column_ids: integers [M].
     """
+    _check_tensors(row_ids=row_ids, column_ids=column_ids)
     for name, ids in (("row_ids", row_ids), ("column_ids", column_ids)):
         if ids.ndim != 1 or ids.is_floating_point():
             raise ValueError(f"{name}: expected integers [n], got {ids.dtype} {list(ids.shape)}")
     return row_ids[:, None] == column_ids[None, :]
 
 
+def _check_tensors(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+
+
+def _check_ks(ks: Sequence[int]) -> None:
+    if not isinstance(ks, Sequence) or isinstance(ks, str):
+        raise TypeError(f"ks: expected a sequence of ints, got {describe(ks)}")
+    for k in ks:
+        check_int("ks", k, 1)
+
+
 def _check_scores(scores: Tensor, positives: Tensor) -> None:
+    _check_tensors(scores=scores, positives=positives)
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores: expected [queries, candidates], not empty, got {list(scores.shape)}")
     if positives.shape != scores.shape or positives.dtype != torch.bool:
@@ -66,6 +83,7 @@ def recall_at(scores: Tensor, positives: Tensor, ks: Sequence[int] = (1, 5, 10))
     """`{"R@1": …, "R@5": …}`: share of rows with a positive among the k best; arguments as for
     :func:`ranks`.
     """
+    _check_ks(ks)
     found = ranks(scores, positives)
     return {f"R@{k}": float((found <= k).double().mean()) for k in ks}
 
@@ -74,6 +92,12 @@ def chance_recall_at(positives: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[
     """What random scores reach in :func:`recall_at` on average: 1 - C(M - p, k) / C(M, k) with p positives of
     M.
     """
+    _check_tensors(positives=positives)
+    _check_ks(ks)
+    if positives.ndim != 2 or 0 in positives.shape or positives.dtype != torch.bool:
+        raise ValueError(
+            f"positives: expected bool [queries, candidates], not empty, got {describe(positives)}"
+        )
     candidates = positives.shape[1]
     counts = positives.sum(1).tolist()
     chances = {}
@@ -102,6 +126,8 @@ def retrieval_metrics(
     Raises:
         ValueError: as :func:`ranks`; no `positives` and not square.
     """
+    _check_tensors(scores=scores)
+    _check_ks(ks)
     if positives is None:
         if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
             raise ValueError(
@@ -136,11 +162,17 @@ def choice_accuracy(scores: Tensor, correct: Tensor | int = 0) -> dict[str, floa
     Raises:
         ValueError: fewer than two candidates, an index out of range, NaN.
     """
+    _check_tensors(scores=scores)
     if scores.ndim != 2 or scores.shape[0] == 0 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected [n, at least 2 candidates], got {list(scores.shape)}")
-    right = torch.as_tensor(correct, device=scores.device).expand(scores.shape[0])
-    if int(right.min()) < 0 or int(right.max()) >= scores.shape[1]:
-        raise ValueError(f"correct: expected values in [0, {scores.shape[1]}), got {int(right.max())}")
+    right = torch.as_tensor(correct, device=scores.device)
+    if right.is_floating_point() or right.shape not in ((), scores.shape[:1]):
+        raise ValueError(f"correct: expected an int or integers [{scores.shape[0]}], got {describe(right)}")
+    right = right.expand(scores.shape[0])
+    low, high = int(right.min()), int(right.max())
+    if low < 0 or high >= scores.shape[1]:
+        got = low if low < 0 else high
+        raise ValueError(f"correct: expected values in [0, {scores.shape[1]}), got {got}")
     positives = F.one_hot(right.long(), scores.shape[1]).bool()
     return {"accuracy": float((ranks(scores, positives) == 1).double().mean()), "chance": 1 / scores.shape[1]}
 
@@ -159,12 +191,15 @@ def matching_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     Raises:
         ValueError: other shapes or labels, or no row that counts.
     """
+    _check_tensors(logits=logits, labels=labels)
     if logits.ndim != 2 or logits.shape[1] != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits, labels: expected [S, 2] and [S], got {list(logits.shape)} and {list(labels.shape)}"
         )
     counted = labels != IGNORED
     logits, labels = logits[counted], labels[counted]
+    if bool(logits.isnan().any()):
+        raise ValueError(f"logits: expected numbers, got NaN in {int(logits.isnan().any(1).sum())} rows")
     if not len(labels) or not bool(((labels == 0) | (labels == 1)).all()):
         raise ValueError("labels: expected 0, 1 or -100, at least one other than -100")
     rows = torch.arange(len(labels), device=logits.device)
@@ -198,10 +233,16 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: shapes that do not fit.
     """
+    _check_tensors(logits=logits, labels=labels)
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits, labels: expected [B, T, V] and [B, T], got "
             f"{list(logits.shape)} and {list(labels.shape)}"
+        )
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[2])]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: expected {IGNORED} or values in [0, {logits.shape[2]}), got {wrong[0].item()}"
         )
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten().long(), ignore_index=IGNORED, reduction="none"

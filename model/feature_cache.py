@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blip2_kernels.checks import check_int, check_tensor, describe
 
-from .images import open_image
+from .images import UnfitPixelsError, open_image
 
 if TYPE_CHECKING:
     from .vision import FrozenVisionEncoder
@@ -181,11 +181,13 @@ class FeatureCache:
         Returns:
             What was encoded, reused and skipped. A picture that cannot be decoded never raises.
 
+        A tensor that the encoder does not take (its channels, its size) counts as one that cannot be decoded.
+
         Raises:
             TypeError: an entry that is no picture at all.
         """
         check_int("batch_size", batch_size, 1)
-        if isinstance(images, str | bytes | Path | Tensor):
+        if isinstance(images, str | bytes | Path | Tensor) or not isinstance(images, Iterable):
             raise TypeError(f"images: expected a list of pictures, got {describe(images)}")
         self._open()
         report, self._damaged = EncodingReport(damaged=self._damaged), []
@@ -279,6 +281,8 @@ class FeatureCache:
         if isinstance(image, str | Path | bytes):
             image = open_image(image)
         if self.encoder.preprocessing is None and isinstance(image, Tensor) and image.is_floating_point():
+            check_tensor("image", image, ["channels", "height", "width"])
+            self.encoder.check_pixels("image", image[None])
             return image
         return self.encoder.preprocess(image)
 
@@ -295,7 +299,12 @@ class FeatureCache:
         batch.clear()
         device = next(self.encoder.module.parameters(), torch.empty(0)).device
         pixels = torch.stack([pixels for _, (pixels, _, _) in entries]).to(device)
-        features = self.encoder(pixels).to(self.dtype).cpu()
+        try:
+            features = self.encoder(pixels).to(self.dtype).cpu()
+        except UnfitPixelsError as error:  # all of a batch have one shape
+            for _, (_, places, name) in entries:
+                report.skipped += [SkippedImage(place, name, str(error)) for place in places]
+            return
         for (key, (_, places, name)), tensor in zip(entries, features, strict=True):
             if not bool(torch.isfinite(tensor).all()):
                 reason = f"features are not finite in {str(self.dtype).removeprefix('torch.')}"

@@ -26,8 +26,13 @@ from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base
 from .generation_config import Blip2GenerationConfig
-from .language_model import check_language_model, position_limit
-from .qformer_text import TOKEN_IDS
+from .language_model import (
+    check_generate_options,
+    check_language_model,
+    limit_new_tokens,
+    position_limit,
+)
+from .qformer_text import TOKEN_IDS, check_ids
 from .soft_prompt import SoftPromptModel, check_text, copy_weights
 from .supervised_rows import supervised_row_loss
 from .text_rows import front_order, labels_behind_prompt, move_padding_to_front, split_prefix
@@ -341,14 +346,18 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
     ) -> Blip2GenerationOutput:
         if prompt_lengths is not None:
             input_ids, attention_mask, labels = split_prefix(input_ids, attention_mask, prompt_lengths)
+            self._check_decoder_length("prompt_lengths", labels)
         order = front_order(attention_mask)
         inputs = self._inputs(soft_prompt, input_ids.gather(1, order), attention_mask.gather(1, order))
         batch = soft_prompt.shape[0]
         if labels is not None:
             self._check_labels(labels, [batch, "tokens"])
+            self._check_decoder_length("labels", labels)
         length = "tokens" if labels is None else labels.shape[1]
         if decoder_input_ids is not None:
             check_tensor("decoder_input_ids", decoder_input_ids, [batch, length], TOKEN_IDS)
+            self._check_decoder_length("decoder_input_ids", decoder_input_ids)
+            check_ids("decoder_input_ids", decoder_input_ids, self._vocabulary)
             inputs["decoder_input_ids"] = decoder_input_ids
             length = decoder_input_ids.shape[1]
         if decoder_attention_mask is not None:
@@ -402,14 +411,16 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
                 token where a decoder-only model has one, else none.
             attention_mask: 0/1 [B, T], padding on any side; default all 1.
             generate_options: handed to the language model's own `generate`, which refuses those it does not
-                know: `max_new_tokens`, `num_beams`, `do_sample`, `generation_config`, `streamer`, ...
+                know: `max_new_tokens`, `num_beams`, `do_sample`, `generation_config`, `streamer`, ... Without
+                a bound of the caller's or the model's own, at most 20 tokens, as transformers has it.
 
         Returns:
             What the language model's `generate` returns. Sequences hold new tokens only, since prompts go in
             as embeddings; those of an encoder-decoder begin with its decoder start token.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind, shape or value.
+            TypeError, ValueError: an argument of the wrong kind, shape or value; soft prompt, prompt and new
+            tokens together longer than the language model's position table.
         """
         soft_prompt = self.soft_prompt(
             pixel_values,
@@ -429,7 +440,10 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         inputs = self._inputs(soft_prompt, input_ids.gather(1, order), attention_mask.gather(1, order))
         if not self.is_encoder_decoder:
             inputs = move_padding_to_front(inputs)
-        return self.language_model.generate(**inputs, **generate_options)
+        check_generate_options(self.language_model, generate_options)
+        length = 1 if self.is_encoder_decoder else inputs["inputs_embeds"].shape[1]
+        options = limit_new_tokens(self.language_model, generate_options, length, self.position_limit)
+        return self.language_model.generate(**inputs, **options)
 
     def _inputs(self, soft_prompt: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """Embeddings [B, Q + T, D] and mask [B, Q + T] for the language model: soft prompt, then text."""
@@ -441,13 +455,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
                 f"{self.position_limit}), got {input_ids.shape[1]}"
             )
         embedding = self.language_model.get_input_embeddings()
-        if values_are_free(input_ids.device) and input_ids.numel():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= embedding.num_embeddings:
-                raise ValueError(
-                    f"input_ids: expected values in [0, {embedding.num_embeddings}), got "
-                    f"{low if low < 0 else high}"
-                )
+        check_ids("input_ids", input_ids, self._vocabulary)
         text = embedding(input_ids.to(embedding.weight.device))
         soft_prompt = soft_prompt.to(text.device, text.dtype)
         mask = attention_mask.to(text.device, torch.int64)
@@ -471,9 +479,22 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
                 return [token]
         return []
 
+    @property
+    def _vocabulary(self) -> int:
+        return self.language_model.get_input_embeddings().num_embeddings
+
+    def _check_decoder_length(self, name: str, tokens: Tensor) -> None:
+        """Refuse an answer [B, T_out], made from the argument of that name, that the decoder has no positions
+        for."""
+        if self.position_limit is not None and tokens.shape[1] > self.position_limit:
+            raise ValueError(
+                f"{name}: expected at most {self.position_limit} tokens for the decoder (its position "
+                f"table), got {tokens.shape[1]}"
+            )
+
     def _check_labels(self, labels: Tensor, shape: list[int | str]) -> None:
         check_tensor("labels", labels, shape, TOKEN_IDS)
-        vocabulary = self.language_model.get_input_embeddings().num_embeddings
+        vocabulary = self._vocabulary
         if values_are_free(labels.device):
             wrong = labels[((labels < 0) & (labels != -100)) | (labels >= vocabulary)]
             if wrong.numel():

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from blip2_kernels.checks import check_int, describe
+from blip2_kernels.checks import check_finite, check_int, describe, values_are_free
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "ImagePreprocessing", "open_image"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # PIL's resampling filters by the names torch.nn.functional.interpolate gives them; PIL always antialiases.
+OVERSHOOT = 0.1
+"""How far bicubic resizing by the caller may have taken a floating picture out of [0, 1]."""
 PIL_FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+
+
+class UnfitPixelsError(ValueError):
+    """Pictures that an encoder does not take."""
 
 
 def open_image(source: str | Path | bytes) -> Any:
@@ -37,7 +43,8 @@ def open_image(source: str | Path | bytes) -> Any:
         (palette and alpha are left to the preprocessing).
 
     Raises:
-        ImportError: Pillow is not installed.
+        ImportError: Pillow is not installed, or lacks a library that this file needs.
+        MemoryError: no room for the picture.
         OSError: no such file, not an image (PIL's `UnidentifiedImageError` is an OSError), cut short, too
             large to be real, or with pixels that are not finite.
         TypeError: neither a path nor bytes.
@@ -52,13 +59,12 @@ def open_image(source: str | Path | bytes) -> Any:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return _eight_bits(ImageOps.exif_transpose(image))
-    except OSError:
+    except (OSError, ImportError, MemoryError):
         raise
-    # Broken headers surface from PIL's plugins as whatever their parsing trips over.
-    except (ValueError, SyntaxError, TypeError, EOFError, IndexError, KeyError, OverflowError) as error:
-        raise OSError(f"cannot decode image: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
+    # A broken file surfaces from PIL's plugins as whatever their parsing trips over: a RuntimeError of the
+    # AVIF decoder, a NotImplementedError of the DDS one, a struct.error, ... No list of them is complete.
+    except Exception as error:
+        raise OSError(f"cannot decode image: {str(error) or type(error).__name__}") from error
 
 
 def _eight_bits(image: Any) -> Any:
@@ -118,6 +124,8 @@ class ImagePreprocessing:
             values = getattr(self, name)
             if not isinstance(values, tuple | list) or not values:
                 raise TypeError(f"{name}: expected a tuple of one number a channel, got {describe(values)}")
+            for value in values:
+                check_finite(name, value)
             object.__setattr__(self, name, tuple(float(value) for value in values))
         if len(self.mean) != len(self.std):
             raise ValueError(f"std: expected {len(self.mean)} numbers as mean, got {len(self.std)}")
@@ -127,6 +135,10 @@ class ImagePreprocessing:
             raise ValueError(
                 f"interpolation: expected one of {', '.join(PIL_FILTERS)}, got {self.interpolation!r}"
             )
+        if not isinstance(self.crop, bool):
+            raise TypeError(f"crop: expected a bool, got {describe(self.crop)}")
+        if not isinstance(self.background, tuple | list):
+            raise TypeError(f"background: expected (red, green, blue), got {describe(self.background)}")
         background = tuple(self.background)
         if len(background) != 3:
             raise ValueError(f"background: expected three numbers (red, green, blue), got {background}")
@@ -177,7 +189,8 @@ class ImagePreprocessing:
 
         Raises:
             TypeError: something else, or a tensor of another dtype.
-            ValueError: a tensor of another rank or number of channels, or an empty one.
+            ValueError: a tensor of another rank or number of channels, or an empty one, or (on the CPU)
+            floating values that are not of [0, 1].
         """
         pixels = self._from_tensor(image) if isinstance(image, Tensor) else self._from_pil(image)
         statistics = torch.tensor([self.mean, self.std], device=pixels.device)[:, :, None, None]
@@ -203,6 +216,12 @@ class ImagePreprocessing:
         if image.dim() != 3 or image.shape[0] != channels or image.numel() == 0:
             raise ValueError(f"image: expected [{channels}, height, width], got {describe(image)}")
         pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        if image.dtype != torch.uint8 and values_are_free(image.device):
+            low, high = float(pixels.min()), float(pixels.max())
+            if not -OVERSHOOT <= low <= high <= 1 + OVERSHOOT:
+                raise ValueError(
+                    f"image: expected floating values in [0, 1], got {low:g} to {high:g} (0 to 255 is uint8)"
+                )
         size = self._resized(*image.shape[1:])
         if size != tuple(image.shape[1:]):
             smooth = self.interpolation != "nearest"

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2_kernels.checks import check_tensor
+from blip2_kernels.checks import (
+    check_binary,
+    check_int,
+    check_probability,
+    check_tensor,
+    describe,
+    values_are_free,
+)
+from blip2_kernels.layout import MASK_DTYPES
 
+from .config import ITC_GRADIENTS, LM_NORMALISATIONS, check_choice
 from .distributed import all_gather, all_gather_with_grad, get_world_size, global_sum
+from .qformer_text import FLOATING, TOKEN_IDS
 
 IGNORE_INDEX = -100
 
@@ -29,7 +39,7 @@ def contrastive_similarities(
     Args:
         image_embeds: [B, Q, E] of length 1.
         text_embeds: [B, E] of length 1.
-        temperature: [], what similarities are divided by.
+        temperature: floating [], what similarities are divided by, above 0.
         gradient: "local" treats the gathered side as constant, own rows included, as LAVIS does; "full" sends
             gradients back to the ranks it came from. With one rank nothing is gathered and both sides get
             their gradient either way.
@@ -38,10 +48,17 @@ def contrastive_similarities(
         `sim_i2t` and `sim_t2i`, each [B, n], n = world size * B.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        TypeError, ValueError: tensors of the wrong kind, or that do not belong together; (on the CPU) a
+        temperature that is not above 0; another word for `gradient`.
     """
-    check_tensor("image_embeds", image_embeds, ["B", "Q", "E"])
-    check_tensor("text_embeds", text_embeds, [image_embeds.shape[0], image_embeds.shape[2]])
+    check_tensor("image_embeds", image_embeds, ["B", "Q", "E"], FLOATING)
+    shape = [image_embeds.shape[0], image_embeds.shape[2]]
+    check_tensor("text_embeds", text_embeds, shape, [image_embeds.dtype], image_embeds.device)
+    check_tensor("temperature", temperature, [], FLOATING)
+    # A NaN passes: it is the loss that says so, with the step.
+    if values_are_free(temperature.device) and bool(temperature <= 0):
+        raise ValueError(f"temperature: expected a number > 0, got {temperature.item():g}")
+    check_choice("gradient", gradient, ITC_GRADIENTS)
     gather = all_gather_with_grad if gradient == "full" else all_gather
     all_images, all_texts = gather(image_embeds), gather(text_embeds)
     # [B, Q, n] and [B, n, Q]: the maximum is over the queries of the image, whichever side it stands on.
@@ -66,7 +83,20 @@ def contrastive_loss(
 
     Returns:
         [], fp32 or wider.
+
+    Raises:
+        TypeError, ValueError: tensors of the wrong kind or shape, an empty batch, (on the CPU) a row without
+        a positive, or a smoothing out of range.
     """
+    check_tensor("sim_i2t", sim_i2t, ["B", "n"], FLOATING)
+    if sim_i2t.numel() == 0:
+        raise ValueError(f"sim_i2t: expected at least one pair, got {describe(sim_i2t)}")
+    check_tensor("sim_t2i", sim_t2i, sim_i2t.shape, [sim_i2t.dtype], sim_i2t.device)
+    check_tensor("positives", positives, sim_i2t.shape, [torch.bool], sim_i2t.device)
+    if values_are_free(positives.device) and not bool(positives.any(dim=1).all()):
+        row = int(positives.any(dim=1).logical_not().nonzero()[0])
+        raise ValueError(f"positives: expected at least one a row, got none in row {row}")
+    check_probability("label_smoothing", label_smoothing)
     dtype = torch.promote_types(sim_i2t.dtype, torch.float32)
     targets = positives.to(dtype)
     targets = (1 - label_smoothing) * targets / targets.sum(dim=1, keepdim=True)
@@ -83,7 +113,12 @@ def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         [], fp32 or wider; 0 (with a graph) where no row counts.
+
+    Raises:
+        TypeError, ValueError: tensors of the wrong kind or shape, or (on the CPU) another label.
     """
+    check_tensor("logits", logits, ["S", 2], FLOATING)
+    _check_labels(labels, logits)
     count = global_sum((labels != IGNORE_INDEX).sum())
     return _sum_cross_entropy(logits, labels) * get_world_size() / count.clamp(min=1)
 
@@ -98,7 +133,15 @@ def caption_labels(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int)
 
     Returns:
         int64 [B, T]: -100 in the last column, where the next token is padding, and in padding rows.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or shape, or (on the CPU) a mask value other than
+        0 and 1.
     """
+    check_tensor("input_ids", input_ids, ["B", "T"], TOKEN_IDS)
+    check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES, input_ids.device)
+    check_binary("attention_mask", attention_mask)
+    check_int("pad_token_id", pad_token_id, 0)
     mask = attention_mask != 0
     targets = input_ids[:, 1:].long()
     supervised = mask[:, 1:] & mask[:, :-1] & (targets != pad_token_id)
@@ -122,12 +165,36 @@ def caption_loss(
 
     Returns:
         [], fp32 or wider; 0 (with a graph) where no row counts.
+
+    Raises:
+        TypeError, ValueError: tensors of the wrong kind or shape, (on the CPU) a label outside the
+        vocabulary, a smoothing out of range, or another word for `normalisation`.
     """
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise (ValueError if isinstance(logits, Tensor) else TypeError)(
+            f"logits: expected a tensor [..., vocab], got {describe(logits)}"
+        )
+    check_tensor("logits", logits, logits.shape, FLOATING)
+    _check_labels(labels, logits)
+    check_probability("label_smoothing", label_smoothing)
+    check_choice("normalisation", normalisation, LM_NORMALISATIONS)
     count, ranks = (labels != IGNORE_INDEX).sum(), 1
     if normalisation == "global":
         count, ranks = global_sum(count), get_world_size()
     total = _sum_cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing)
     return total * ranks / count.clamp(min=1)
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Labels int64 [...] of logits [..., classes]: -100 or a class."""
+    check_tensor("labels", labels, logits.shape[:-1], [torch.int64], logits.device)
+    if values_are_free(labels.device):
+        classes = logits.shape[-1]
+        wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= classes)]
+        if wrong.numel():
+            raise ValueError(
+                f"labels: expected {IGNORE_INDEX} or values in [0, {classes}), got {wrong[0].item()}"
+            )
 
 
 def _sum_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_tensor, describe, values_are_free
+from blip2_kernels.checks import check_int, check_tensor, describe, values_are_free
 
 from .distributed import all_gather, get_rank, get_world_size
 
@@ -27,8 +27,13 @@ def positive_pairs(batch_size: int, image_ids: Tensor | None = None, *, device: 
 
     Returns:
         bool [B, n], n = world size * B: own pair, and where ids are given every pair with the same image.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value.
     """
+    check_int("batch_size", batch_size, 0)
     if image_ids is not None:
+        check_tensor("image_ids", image_ids, [batch_size], INDEX_DTYPES)
         return image_ids[:, None] == all_gather(image_ids)[None, :]
     own = torch.arange(batch_size, device=device) + get_rank() * batch_size
     return own[:, None] == torch.arange(batch_size * get_world_size(), device=device)[None, :]
@@ -62,6 +67,8 @@ def sample_hard_negatives(
     shape = list(sim_i2t.shape)
     check_tensor("sim_t2i", sim_t2i, shape, [sim_i2t.dtype], sim_i2t.device)
     check_tensor("positives", positives, shape, [torch.bool], sim_i2t.device)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
     image_index = _draw(sim_t2i, positives, generator)
     return image_index, _draw(sim_i2t, positives, generator)
 
@@ -95,8 +102,10 @@ def check_negatives(negatives: object, positives: Tensor) -> Negatives:
         TypeError: no pair, or tensors of another or of two dtypes.
         ValueError: a wrong shape; on the CPU also a number outside [-1, n) or one that points at a positive.
     """
-    if not isinstance(negatives, Sequence) or len(negatives) != 2:
-        got = f"{len(negatives)} values" if isinstance(negatives, Sequence) else describe(negatives)
+    check_tensor("positives", positives, ["B", "n"], [torch.bool])
+    if isinstance(negatives, str) or not isinstance(negatives, Sequence) or len(negatives) != 2:
+        plain = isinstance(negatives, Sequence) and not isinstance(negatives, str)
+        got = f"{len(negatives)} values" if plain else describe(negatives)
         raise TypeError(f"negatives: expected a pair (image_index, text_index), got {got}")
     batch = positives.shape[0]
     checked: list[Tensor] = []

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from blip2_kernels.checks import check_finite, check_int
+
 Schedule = Callable[[int, int], float]
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -32,7 +34,16 @@ def learning_rate_factor(
     - `"linear"`: a straight line between the same two points.
     - `"constant"`: stays at 1.
     - a function of (steps since the warm-up, steps after the warm-up in all): its value is used as it is.
+
+    Raises:
+        TypeError, ValueError: a step, a number of steps or a factor below 0, or another schedule.
     """
+    check_int("step", step, 0)
+    check_int("total_steps", total_steps, 0)
+    check_int("warmup_steps", warmup_steps, 0)
+    check_finite("final_factor", final_factor, 0.0)
+    if not callable(schedule) and schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {schedule!r}")
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     done, length = step - warmup_steps, max(total_steps - warmup_steps, 1)
@@ -43,9 +54,7 @@ def learning_rate_factor(
         return final_factor + (1.0 - final_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
     if schedule == "linear":
         return 1.0 + (final_factor - 1.0) * progress
-    if schedule == "constant":
-        return 1.0
-    raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {schedule!r}")
+    return 1.0
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

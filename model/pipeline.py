@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2_kernels.checks import describe
+
 from .base import Blip2Base
 from .checkpoints import load_checkpoint
 from .config import Blip2PreTrainingConfig
@@ -24,6 +26,7 @@ from .from_bert import qformer_config_from_bert, read_bert, start_from_bert
 from .generation import Blip2ForConditionalGeneration
 from .generation_config import Blip2GenerationConfig
 from .images import ImagePreprocessing, open_image
+from .pretrained import load_pretrained
 from .pretraining import Blip2ForPreTraining
 from .retrieval import Blip2ForImageTextRetrieval
 from .training_state import load_trainable_state
@@ -64,7 +67,7 @@ def load_vision(vision: Mapping[str, Any]) -> FrozenVisionEncoder:
     Raises:
         FileNotFoundError: neither of the two.
         ImportError: a package is missing.
-        ValueError: a layer where there are none.
+        ValueError: a layer where there are none; weights that are missing or of another shape, all named.
     """
     name, layer = str(vision["name"]), vision.get("layer")
     if name == EFFICIENTNET:
@@ -82,7 +85,8 @@ def load_vision(vision: Mapping[str, Any]) -> FrozenVisionEncoder:
     towers = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
     config = AutoConfig.from_pretrained(folder)
     loader = towers.get(config.model_type, AutoModel)
-    model: Any = loader.from_pretrained(folder)
+    # A pooler reads the features and makes none; the folder of a classifier has none.
+    model: Any = load_pretrained("vision", loader, folder, optional=("pooler",))
     inner = getattr(model, "vision_model", None)
     if isinstance(inner, nn.Module) and config.model_type not in towers:
         model = inner
@@ -121,6 +125,10 @@ def load_tokenizer(folder: str | Path) -> Any:
 def load_language_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     """A causal or sequence-to-sequence language model from a local folder, in `dtype` (default: as
     stored).
+
+    Raises:
+        FileNotFoundError: no `config.json` there.
+        ValueError: weights that are missing or of another shape, all named.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -128,7 +136,7 @@ def load_language_model(folder: str | Path, dtype: torch.dtype | None = None) ->
         raise FileNotFoundError(f"language model: expected a model folder with config.json, got {folder}")
     config = AutoConfig.from_pretrained(folder)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return loader.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    return load_pretrained("language model", loader, folder, dtype=dtype or "auto")
 
 
 def special_token(tokenizer: Any, *names: str) -> int:
@@ -162,10 +170,17 @@ def build_stage1(
     """
     from transformers import Blip2QFormerConfig
 
+    if qformer is not None and not isinstance(qformer, Mapping):
+        raise TypeError(f"qformer: expected a mapping of fields, got {describe(qformer)}")
     fields = dict(qformer or {})
     known = vars(Blip2QFormerConfig())
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"qformer: expected fields of Blip2QFormerConfig, got {unknown}")
+    if fields.get("use_qformer_text_input", True) is not True:
+        raise ValueError(
+            "qformer.use_qformer_text_input: expected True, since stage 1 reads text, got "
+            f"{fields['use_qformer_text_input']!r}"
+        )
     vocabulary = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     fields["encoder_hidden_size"] = vision.width
     if bert is not None:

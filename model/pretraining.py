@@ -22,7 +22,7 @@ from blip2_kernels.ops.philox import draw_key
 
 from .base import Blip2Base, PreparedImages
 from .config import Blip2PreTrainingConfig
-from .distributed import all_gather, all_gather_with_grad, check_same_shapes, get_rank, get_world_size
+from .distributed import all_gather, all_gather_with_grad, check_same_batch, get_rank, get_world_size
 from .losses import (
     IGNORE_INDEX,
     caption_labels,
@@ -94,9 +94,23 @@ def _check_losses(losses: object) -> frozenset[str]:
     expected = f"at least one of {', '.join(map(repr, LOSSES))}"
     if isinstance(losses, str) or not isinstance(losses, Collection):
         raise TypeError(f"losses: expected a collection with {expected}, got {describe(losses)}")
-    if not losses or not set(losses) <= set(LOSSES):
+    if not losses or not all(loss in LOSSES for loss in losses):
         raise ValueError(f"losses: expected {expected}, got {losses!r}")
     return frozenset(losses)
+
+
+def _check_same_on_ranks(
+    tensors: dict[str, Tensor], image_ids: Tensor | None, negatives: object, losses: frozenset[str]
+) -> None:
+    dtypes = ("None", *map(str, INDEX_DTYPES))
+    choices: dict[str, tuple[str, tuple[str, ...]]] = {
+        "input_ids": (str(tensors["input_ids"].dtype), dtypes),
+        "image_ids": ("None" if image_ids is None else str(image_ids.dtype), dtypes),
+        "negatives": ("drawn" if negatives is None else "given", ("drawn", "given")),
+    }
+    for loss in LOSSES:
+        choices[f"losses ({loss})"] = (str(loss in losses), ("True", "False"))
+    check_same_batch(tensors, choices)
 
 
 class Blip2ForPreTraining(Blip2Base):
@@ -143,8 +157,9 @@ class Blip2ForPreTraining(Blip2Base):
     ) -> Blip2PreTrainingOutput:
         """One step on B image-text pairs.
 
-        With a process group every rank calls this with the same shapes; contrast and negatives then reach
-        over all ranks (n = world size * B samples, rank r owns r * B … r * B + B - 1).
+        With a process group every rank calls this with the same shapes, losses and optional arguments;
+        contrast and negatives then reach over all ranks (n = world size * B samples, rank r owns r * B …
+        r * B + B - 1).
 
         Args:
             input_ids: int64 or int32 [B, T], [CLS] text [SEP] and padding. [DEC] takes the place of the first
@@ -176,7 +191,8 @@ class Blip2ForPreTraining(Blip2Base):
             raise ValueError(f"{name}: expected {batch} images, one a text, got {features.shape[0]}")
         if features.device != input_ids.device:
             raise ValueError(f"{name}: expected a tensor on {input_ids.device}, got one on {features.device}")
-        check_same_shapes({"input_ids": input_ids, name: features})
+        if get_world_size() > 1:
+            _check_same_on_ranks({"input_ids": input_ids, name: features}, image_ids, negatives, wanted)
         positives = positive_pairs(batch, image_ids, device=input_ids.device)
         if negatives is not None:
             negatives = check_negatives(negatives, positives)
@@ -240,12 +256,7 @@ class Blip2ForPreTraining(Blip2Base):
         if attention_mask is None:
             raise TypeError("attention_mask: expected a 0/1 tensor as input_ids, got None")
         self.check_text(input_ids, attention_mask)
-        batch, length = input_ids.shape
-        positions = self.config.qformer.max_position_embeddings
-        if length > positions:
-            raise ValueError(
-                f"input_ids: expected at most {positions} tokens (max_position_embeddings), got {length}"
-            )
+        batch = input_ids.shape[0]
         attention_mask = (attention_mask != 0).long()
         if values_are_free(attention_mask.device) and not bool(attention_mask[:, 0].all()):
             row = int((attention_mask[:, 0] == 0).nonzero()[0])
@@ -326,10 +337,11 @@ class Blip2ForPreTraining(Blip2Base):
         ids = {TEXT_STREAM: input_ids, CAPTION_STREAM: self._caption_ids(input_ids)}
         encoded = encoder(
             self.query_tokens,
-            [self.embed_rows(ids[stream], layout, i) for i, stream in enumerate(streams)],
+            [ids[stream] for stream in streams],
             layout,
             AttentionMask(modes),
             images.key_values,
+            embeddings=self.embeddings,
             keep_texts=keep,
             dropout_key=dropout_key,
         )

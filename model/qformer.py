@@ -5,7 +5,6 @@ dense masks, one module after the other (`qformer_layers.py`). `use_fused=True` 
 `blip2_kernels.encoder.FusedEncoder`.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
-from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall, Saving
+from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall
 from blip2_kernels.encoder.modules import checkpoints, drops
-from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, TokenLayout, padded_row_keys
-from blip2_kernels.mask import AttentionMask, MaskMode
+from blip2_kernels.encoder.padded import encode_padded
+from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, padded_row_keys
+from blip2_kernels.mask import MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
 
 from .qformer_init import init_bert_weights
@@ -30,6 +31,7 @@ from .qformer_masks import (
     hides_text_only,
     text_rows_mask,
     to_four_dimensions,
+    with_visible_queries,
 )
 from .qformer_text import FLOATING, LMHead, NormalizedTextEmbeddings, TextEmbeddings
 
@@ -82,7 +84,8 @@ class QFormerModel(nn.Module):
 
     Raises:
         TypeError: another configuration.
-        ValueError: hidden_size is no multiple of num_attention_heads.
+        ValueError: hidden_size is no multiple of num_attention_heads, which is at least 1; no cross-attention
+            frequency, or an activation that transformers does not have.
     """
 
     def __init__(
@@ -93,6 +96,12 @@ class QFormerModel(nn.Module):
         if not (self.is_instruct or isinstance(config, Blip2QFormerConfig)):
             raise TypeError(
                 f"config: expected Blip2QFormerConfig or InstructBlipQFormerConfig, got {describe(config)}"
+            )
+        check_int("config.num_attention_heads", config.num_attention_heads, 1)
+        check_int("config.cross_attention_frequency", config.cross_attention_frequency, 1)
+        if isinstance(config.hidden_act, str) and config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"config.hidden_act: expected one of {', '.join(ACT2FN)}, got {config.hidden_act!r}"
             )
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
@@ -174,6 +183,7 @@ class QFormerModel(nn.Module):
         query_length: int | None = None,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
         mask: MaskMode = MaskMode.BIDIRECTIONAL,
         past_key_values: QFormerCache | None = None,
         use_cache: bool = False,
@@ -201,6 +211,8 @@ class QFormerModel(nn.Module):
             query_length: Q; default all of `query_embeds`, or 0 with a filled cache. 0 is a text-only pass.
             input_ids: [B, T], `InstructBlipQFormerConfig` only.
             position_ids: [B or 1, T], with `input_ids` only; default counts from the text's first token.
+            text_mask: 0/1 [B, text rows, cached ones too], instead of an `attention_mask` that hides no
+                query. The fused path then need not ask the device whether one is hidden.
             mask: which of the paper's masks joins queries and text.
             past_key_values: cache of earlier rows, extended in place. A filled one takes more text under
                 MULTIMODAL_CAUSAL, the only mask under which no earlier row would have seen it.
@@ -219,6 +231,7 @@ class QFormerModel(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
         """
+        same_queries = isinstance(query_embeds, Tensor) and _is_expanded(query_embeds)
         hidden, query_length = self._embed(
             query_embeds, input_ids, position_ids, query_length, past_key_values
         )
@@ -246,7 +259,15 @@ class QFormerModel(nn.Module):
             raise ValueError(f"past_key_values: expected a cache of {batch} samples, got one of {cached}")
         num_queries = past_key_values.num_queries if past else query_length
         heads = self.config.num_attention_heads
-        attention_mask = check_attention_mask(attention_mask, batch, heads, length, past + length)
+        plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
+        fused = self.use_fused and not plain
+        if text_mask is not None:
+            attention_mask = with_visible_queries(
+                text_mask, attention_mask, batch, num_queries, past + length
+            )
+        else:
+            attention_mask = check_attention_mask(attention_mask, batch, heads, length, past + length)
+            fused = fused and hides_text_only(attention_mask, query_length)  # a GPU's host waits for this
         text_mask = text_rows_mask(attention_mask, batch, num_queries, past + length, hidden.device)
 
         if self.drops or row_keys is not None:
@@ -256,17 +277,28 @@ class QFormerModel(nn.Module):
                     batch, num_queries, text_mask, text_stream=stream, device=hidden.device
                 )
             check_tensor("row_keys", row_keys, [batch, past + length], [torch.int32], hidden.device)
-        if self.drops and dropout_key is None:
+        if dropout_key is not None:
+            check_tensor("dropout_key", dropout_key, [], [torch.int64])
+        elif self.drops:
             dropout_key = draw_key(hidden.device)
 
-        plain = past_key_values is not None or use_cache or output_attentions or output_hidden_states
-        if self.use_fused and not plain and hides_text_only(attention_mask, query_length):
+        if fused:
             if query_length and prepared is None:
                 prepared = self.fused_encoder.project_images(
                     image, mask=image_mask, query_rows=batch * query_length
                 )
-            out = self._forward_fused(
-                hidden, text_mask, query_length, prepared, mask, row_keys, dropout_key, queries_only
+            queries, text = hidden[:, :query_length], hidden[:, query_length:]
+            out = encode_padded(
+                self.fused_encoder,
+                (queries[:1] if same_queries else queries) if query_length else None,
+                text if length > query_length else None,
+                samples=batch,
+                text_mask=text_mask,
+                images=prepared if query_length else None,
+                mode=mask,
+                row_keys=row_keys,
+                dropout_key=dropout_key,
+                queries_only=queries_only,
             )
             return QFormerOutput(last_hidden_state=out, pooler_output=out[:, 0])
         if prepared is not None and image is not None:
@@ -320,55 +352,6 @@ class QFormerModel(nn.Module):
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
         )
-
-    def _forward_fused(
-        self,
-        hidden: Tensor,
-        text_mask: Tensor | None,
-        query_length: int,
-        images: ImageKeyValues | None,
-        mask: MaskMode,
-        row_keys: Tensor | None,
-        dropout_key: Tensor | None,
-        queries_only: bool,
-    ) -> Tensor:
-        """The same through the fused encoder: [B, L, C] with padded rows, or the queries' [B, Q, C]."""
-        batch, encoder = hidden.shape[0], self.fused_encoder
-        has_text = hidden.shape[1] > query_length
-        stream = CAPTION_STREAM if mask == MaskMode.MULTIMODAL_CAUSAL else TEXT_STREAM
-        layout = TokenLayout.from_attention_masks(
-            query_length,
-            [text_mask] if has_text else (),
-            samples=batch,
-            padded=not queries_only or not encoder.uses(Saving.PACKED_TEXT),
-            text_streams=[stream] if has_text else None,
-            device=hidden.device,
-        )
-        queries, text = hidden[:, :query_length], hidden[:, query_length:]
-        if query_length and hidden.stride(0) == 0:
-            queries = queries[:1]  # expanded: every sample has the same
-        if row_keys is not None:
-            names = layout.pack(
-                row_keys[:, :query_length, None], [row_keys[:, query_length:, None]] if has_text else []
-            )
-            layout = dataclasses.replace(layout, row_keys=names[:, 0])
-        image_index = None
-        if query_length and images.images != batch:
-            image_index = torch.zeros(batch, dtype=torch.int32, device=hidden.device)
-        encoded = encoder(
-            queries if query_length else None,
-            [text.flatten(0, 1)[layout.texts[0].source]] if has_text else (),
-            layout,
-            AttentionMask((mask,) if has_text else ()),
-            images,
-            image_index,
-            keep_texts=("none" if queries_only else "all",) if has_text else (),
-            dropout_key=dropout_key,
-        )
-        out = [encoded.queries] if query_length else []
-        if has_text and not queries_only:
-            out.append(encoded.padded_text())
-        return torch.cat(out, dim=1)
 
     def _embed(
         self,
@@ -471,6 +454,11 @@ def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
         None,
         dropout,
     )[0]
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether all samples of a batch are one."""
+    return t.dim() > 0 and (t.shape[0] == 1 or t.stride(0) == 0)
 
 
 def _expand_to_images(hidden: Tensor, image: Tensor | None) -> Tensor:

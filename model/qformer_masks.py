@@ -1,9 +1,10 @@
 """Attention masks of the plain Q-Former: the paper's three spelled out, and those that callers pass."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from blip2_kernels.checks import check_binary, check_tensor
+from blip2_kernels.checks import check_binary, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
@@ -67,6 +68,18 @@ def text_rows_mask(
     if mask is not None and mask.dim() == 2:
         return mask[:, num_queries:]
     return torch.ones(batch, keys - num_queries, dtype=torch.bool, device=device)
+
+
+def with_visible_queries(
+    text_mask: Tensor, attention_mask: Tensor | None, batch: int, num_queries: int, keys: int
+) -> Tensor:
+    """Check a mask of the text rows alone, 0/1 [batch, keys - num_queries]; return that of all, bool [batch,
+    keys]."""
+    if attention_mask is not None:
+        raise ValueError(f"attention_mask: expected None beside text_mask, got {describe(attention_mask)}")
+    check_tensor("text_mask", text_mask, [batch, keys - num_queries], MASK_DTYPES)
+    check_binary("text_mask", text_mask)
+    return F.pad(text_mask != 0, (num_queries, 0), value=True)
 
 
 def hides_text_only(mask: Tensor | None, num_queries: int) -> bool:

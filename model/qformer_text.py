@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.activations import ACT2FN
 
-from blip2_kernels.checks import check_tensor, values_are_free
+from blip2_kernels.checks import check_int, check_tensor, values_are_free
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKEN_IDS = (torch.int64, torch.int32)
@@ -42,9 +42,10 @@ class TextEmbeddings(nn.Module):
             ValueError: a wrong shape, a text longer than the position table, (on the CPU) an id out of range.
         """
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
+        check_int("past_length", past_length, 0)
         batch, length = input_ids.shape
         positions = self.position_embeddings.num_embeddings
-        _check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
+        check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
         if position_ids is None:
             if past_length + length > positions:
                 raise ValueError(
@@ -58,7 +59,7 @@ class TextEmbeddings(nn.Module):
                 raise ValueError(
                     f"position_ids: expected [{batch} or 1, {length}], got {list(position_ids.shape)}"
                 )
-            _check_ids("position_ids", position_ids, positions)
+            check_ids("position_ids", position_ids, positions)
         return self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
 
     def forward(
@@ -122,12 +123,23 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor, word_embeddings: Tensor) -> Tensor:
-        """Logits [..., vocab] of hidden states [..., C]; `word_embeddings` is the weight [vocab, C]."""
+        """Logits [..., vocab] of hidden states [..., C]; `word_embeddings` is the weight [vocab, C].
+
+        Raises:
+            TypeError, ValueError: tensors of the wrong kind or shape.
+        """
+        check_tensor("word_embeddings", word_embeddings, [self.bias.shape[0], "channels"], FLOATING)
+        front = hidden_states.shape[:-1] if isinstance(hidden_states, Tensor) else ["..."]
+        check_tensor("hidden_states", hidden_states, [*front, word_embeddings.shape[1]], FLOATING)
         return F.linear(self.transform(hidden_states), word_embeddings, self.bias)
 
 
-def _check_ids(name: str, ids: Tensor, size: int) -> None:
-    """On the CPU, where looking costs no synchronisation: all ids in [0, size)."""
+def check_ids(name: str, ids: Tensor, size: int) -> None:
+    """Check that ids are in [0, size), on the CPU, where looking costs no synchronisation.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
     if not values_are_free(ids.device) or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())

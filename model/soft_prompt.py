@@ -12,7 +12,7 @@ from blip2_kernels.layout import MASK_DTYPES
 from .generation_config import Blip2GenerationConfig
 from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel
-from .qformer_text import FLOATING, TOKEN_IDS
+from .qformer_text import FLOATING, TOKEN_IDS, check_ids
 from .vision import FrozenVisionEncoder
 
 __all__ = ["SoftPromptModel", "check_text", "copy_weights"]
@@ -44,6 +44,8 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
         self.config = config
         qformer = config.qformer
         if vision_model is not None and not isinstance(vision_model, FrozenVisionEncoder):
+            if not isinstance(vision_model, nn.Module):
+                raise TypeError(f"vision_model: expected an nn.Module or None, got {describe(vision_model)}")
             vision_model = FrozenVisionEncoder(vision_model)
         self.vision_model = vision_model
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer.hidden_size))
@@ -98,6 +100,9 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
             TypeError, ValueError: an argument of the wrong kind, shape or value.
         """
         features = self._features(pixel_values, image_features)
+        if image_mask is not None:
+            check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
+            check_binary("image_mask", image_mask)
         batch = features.shape[0]
         queries = self.query_tokens.expand(batch, -1, -1)
         text: dict[str, Any] = {}
@@ -111,8 +116,14 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
             )
         else:
             mask = check_text("qformer_", qformer_input_ids, qformer_attention_mask, batch)
-            ones = mask.new_ones(batch, queries.shape[1])
-            text = {"input_ids": qformer_input_ids, "attention_mask": torch.cat([ones, mask], dim=1)}
+            positions = self.config.qformer.max_position_embeddings
+            if qformer_input_ids.shape[1] > positions:
+                raise ValueError(
+                    f"qformer_input_ids: expected at most {positions} tokens (max_position_embeddings), got "
+                    f"{qformer_input_ids.shape[1]}"
+                )
+            check_ids("qformer_input_ids", qformer_input_ids, self.config.qformer.vocab_size)
+            text = {"input_ids": qformer_input_ids, "text_mask": mask}
         features = features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype)
         images: dict[str, Any]
         if self.use_fused:

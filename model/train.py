@@ -20,30 +20,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .optimization import SCHEDULES, Schedule, decays
+from .optimization import Schedule, decays
+from .train_arguments import check_arguments
 
 LossWeights = Mapping[str, float] | Callable[[int], Mapping[str, float] | None]
 StepFunction = Callable[[nn.Module, dict[str, Any], int], Any]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss (or the gradient) became NaN or infinite; the optimizer did not take the step.
+    """The loss (or the gradient) became NaN or infinite and the optimizer did not take the step; or a step it
+    took left parameters that are not finite, which are not saved.
 
     Attributes:
-        step: the optimizer step that was about to be taken, counted from 1.
+        step: the optimizer step, counted from 1.
         parts: the loss parts of that step, `loss` among them; `grad_norm` where that is what was not finite.
         last_checkpoint: the newest checkpoint of this run, `None` if there is none.
     """
 
-    def __init__(self, step: int, parts: Mapping[str, float], last_checkpoint: Path | None) -> None:
+    def __init__(
+        self,
+        step: int,
+        parts: Mapping[str, float],
+        last_checkpoint: Path | None,
+        where: str = "before the optimizer step",
+    ) -> None:
         self.step = step
         self.parts = dict(parts)
         self.last_checkpoint = last_checkpoint
         figures = ", ".join(f"{name} = {value:.6g}" for name, value in parts.items())
         checkpoint = last_checkpoint if last_checkpoint is not None else "none was written"
         super().__init__(
-            f"training stopped at step {step}, before the optimizer step: {figures}; "
-            f"last good checkpoint: {checkpoint}"
+            f"training stopped at step {step}, {where}: {figures}; last good checkpoint: {checkpoint}"
         )
 
 
@@ -164,7 +171,8 @@ def train(
             pass: accumulation adds gradients, not negatives.
         batch_sampler: composes the batches instead (lists of indices; `set_epoch(epoch)` is called if it has
             it). It yields the same sequence on every rank; rank r of n takes batches r, r + n, …
-        output_dir: checkpoints and `history.jsonl` go here; `None` writes nothing.
+        output_dir: checkpoints and `history.jsonl` go here; `None` writes nothing. It may hold no checkpoint
+            of another run; a history without one is replaced with the first row.
         learning_rate, min_learning_rate, warmup_steps, schedule: see
             :func:`~blip2_kernels.model.optimization.learning_rate_factor`.
         betas, eps, weight_decay: of AdamW; the defaults are the paper's (section 3.4).
@@ -204,50 +212,12 @@ def train(
         NonFiniteLossError: the loss or the gradient norm is NaN or infinite. The parameters stay as they were
             before the step. (On CUDA a bad gradient under a good loss is reported one step later.)
         ImportError: accelerate is missing.
-        TypeError, ValueError: arguments that contradict each other or are out of range.
+        TypeError, ValueError: arguments of the wrong kind or value, or that contradict each other; an
+        `output_dir` with the checkpoints of another run. Nothing on the disk has changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if (max_steps is None) == (epochs is None):
-        raise ValueError(f"max_steps, epochs: expected exactly one of them, got {max_steps} and {epochs}")
-    if (batch_size is None) == (batch_sampler is None):
-        raise ValueError(
-            "batch_size, batch_sampler: expected exactly one of them, got "
-            + ("neither" if batch_size is None else f"batch_size={batch_size} and a batch_sampler")
-        )
-    if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {schedule!r}")
-    for name, value, lowest in (
-        ("max_steps", max_steps, 1),
-        ("epochs", epochs, 1e-9),
-        ("batch_size", batch_size, 1),
-        ("learning_rate", learning_rate, 0.0),
-        ("warmup_steps", warmup_steps, 0),
-        ("weight_decay", weight_decay, 0.0),
-        ("max_grad_norm", max_grad_norm, 0.0),
-        ("gradient_accumulation_steps", gradient_accumulation_steps, 1),
-        ("evaluate_every", evaluate_every, 1),
-        ("save_every", save_every, 1),
-        ("keep_checkpoints", keep_checkpoints, 1),
-        ("num_workers", num_workers, 0),
-    ):
-        if value is not None and not value >= lowest:
-            raise ValueError(f"{name}: expected at least {lowest:g}, got {value}")
-    if not 0.0 <= min_learning_rate <= learning_rate:
-        raise ValueError(
-            f"min_learning_rate: expected a value in [0, {learning_rate}] (the learning rate), "
-            f"got {min_learning_rate}"
-        )
-    if save_every is not None and output_dir is None:
-        raise ValueError("save_every: expected an output_dir to save to, got None")
-    if evaluate_every is not None and evaluate is None:
-        raise ValueError("evaluate_every: expected a function `evaluate` to call, got None")
-    if resume_from is not None and not Path(resume_from).is_dir():
-        raise ValueError(f"resume_from: expected a checkpoint folder, got {str(resume_from)!r}")
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device: expected None, 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a CUDA device that torch sees, got 'cuda' without one")
+    arguments = dict(locals())
+    arguments = {name: value for name, value in arguments.items() if name not in ("model", "dataset")}
+    check_arguments(model, dataset, arguments)
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("training needs accelerate: pip install 'blip2-kernels[train]'")
 
@@ -257,40 +227,13 @@ def train(
         model,
         dataset,
         Settings(
-            collate=collate,
-            max_steps=max_steps,
-            epochs=epochs,
-            batch_size=batch_size,
-            batch_sampler=batch_sampler,
-            output_dir=Path(output_dir) if output_dir is not None else None,
-            learning_rate=learning_rate,
-            min_learning_rate=min_learning_rate,
-            warmup_steps=warmup_steps,
-            schedule=schedule,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            weight_decay_filter=weight_decay_filter,
-            learning_rate_multipliers=learning_rate_multipliers,
-            max_grad_norm=max_grad_norm or 0.0,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            loss_weights=loss_weights,
-            step_function=step_function,
-            bf16=bf16,
-            seed=seed,
-            device=device,
-            num_workers=num_workers,
-            evaluate=evaluate,
-            evaluate_every=evaluate_every,
-            save_every=save_every,
-            save_final=save_final and output_dir is not None,
-            keep_checkpoints=keep_checkpoints,
-            checkpoint_config=checkpoint_config,
-            resume_from=Path(resume_from) if resume_from is not None else None,
-            on_step=on_step,
-            callbacks=tuple(callbacks),
-            progress=progress,
-            description=description,
-            find_unused_parameters=find_unused_parameters,
+            **{
+                **arguments,
+                "output_dir": Path(output_dir) if output_dir is not None else None,
+                "resume_from": Path(resume_from) if resume_from is not None else None,
+                "max_grad_norm": max_grad_norm or 0.0,
+                "save_final": save_final and output_dir is not None,
+                "callbacks": tuple(callbacks),
+            }
         ),
     )

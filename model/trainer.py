@@ -196,8 +196,17 @@ class Blip2Trainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, parts, self.names = model(inputs, self.state.global_step, self.args.world_size > 1)
-        self.micro_batches.append(Readback(parts))
+        self.micro_batches.append(Readback(self._with_faults(parts)))
         return (loss, {"parts": parts}) if return_outputs else loss
+
+    def _with_faults(self, parts: Tensor) -> Tensor:
+        """The parts [P] and behind them how many ranks have one that is not finite, so that all stop at the
+        same step and none waits for a rank that has. Sent off before the backward pass, which it does not
+        wait for."""
+        faults = (~parts.isfinite()).any().float().reshape(1)
+        if self.args.world_size > 1:
+            dist.all_reduce(faults)
+        return torch.cat([parts, faults])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -208,11 +217,15 @@ class Blip2Trainer(Trainer):
         step = self.state.global_step + 1
         read = [readback.read() for readback in self.micro_batches]
         self.micro_batches.clear()
-        means = [sum(values) / len(read) for values in zip(*read, strict=True)]
+        *means, faults = [sum(values) / len(read) for values in zip(*read, strict=True)]
         row: dict[str, float] = {"step": step, **dict(zip(["loss", *self.names], means, strict=True))}
         row["learning_rate"] = self.settings.learning_rate * self.factor(step - 1)
         self.read_late_grad_norm()
         self.refuse_nonfinite(row, ["loss", *self.names])
+        if faults:
+            parts = {name: row[name] for name in ["loss", *self.names]}
+            where = "before the optimizer step, since a loss of another rank is not finite"
+            raise NonFiniteLossError(step, parts, self.last_checkpoint, where)
         norm = self._grad_norm
         if isinstance(norm, Tensor) and reads_late(norm.device):
             # The host does not wait for the backward pass: the fused optimizer leaves everything as it is
@@ -235,10 +248,20 @@ class Blip2Trainer(Trainer):
             parts = {n: v for n, v in row.items() if n.startswith("loss") or n == "grad_norm"}
             raise NonFiniteLossError(int(row["step"]), parts, self.last_checkpoint)
 
+    def refuse_nonfinite_parameters(self) -> None:
+        """A good loss may be followed by a bad step, such as one at a learning rate that is NaN."""
+        wrong = [name for name, p in trainable_state(self.trained).items() if not bool(p.isfinite().all())]
+        if wrong and self.result.history:
+            row = self.result.history[-1]
+            parts = {n: v for n, v in row.items() if n.startswith("loss")}
+            where = f"after an optimizer step that left {', '.join(wrong)} not finite"
+            raise NonFiniteLossError(int(row["step"]), parts, self.last_checkpoint, where)
+
     # --- saving ---
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.read_late_grad_norm()
+        self.refuse_nonfinite_parameters()
         if self.settings.output_dir is None:
             return
         path = self.settings.output_dir / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
@@ -414,6 +437,7 @@ def run(model: nn.Module, dataset: Any, settings: Settings) -> TrainResult:
         try:
             trainer.train(resume_from_checkpoint=folder)
             trainer.read_late_grad_norm()
+            trainer.refuse_nonfinite_parameters()
             events.evaluate(trainer.state.global_step)
             if settings.save_final and events.last_saved != trainer.state.global_step:
                 trainer._save_checkpoint(trainer.model, None)

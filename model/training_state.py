@@ -63,32 +63,38 @@ def read_history(output_dir: str | Path) -> list[dict[str, float]]:
 class HistoryFile:
     """Appends the rows of a run to `history.jsonl`, a few at a time.
 
+    The file of an earlier run stays as it is until the first row of this one is written.
+
     Args:
         output_dir: the run's folder; `None` writes nothing.
         rows: what the file starts with: the rows of the run that is continued.
     """
 
     def __init__(self, output_dir: Path | None, rows: list[dict[str, float]]) -> None:
+        self._folder, self._rows = output_dir, list(rows)
         self._waiting: list[dict[str, float]] = []
         self._file: TextIO | None = None
-        if output_dir is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            path, beside = output_dir / HISTORY_FILE, output_dir / f".{HISTORY_FILE}.partial"
-            beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            os.replace(beside, path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._flushed = time.perf_counter()
+
+    def _begin(self, folder: Path) -> TextIO:
+        folder.mkdir(parents=True, exist_ok=True)
+        path, beside = folder / HISTORY_FILE, folder / f".{HISTORY_FILE}.partial"
+        beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+        os.replace(beside, path)
+        return open(path, "a", encoding="utf-8")
 
     def add(self, row: dict[str, float]) -> None:
         """Takes a row, which may still be completed until the next one; writes what has gathered in 2 s."""
-        if self._file is None:
+        if self._folder is None:
             return
         if time.perf_counter() - self._flushed > 2.0:
             self.flush()
         self._waiting.append(row)
 
     def flush(self) -> None:
-        if self._file is not None:
+        if self._folder is not None and self._waiting:
+            if self._file is None:
+                self._file = self._begin(self._folder)
             self._file.writelines(json.dumps(row) + "\n" for row in self._waiting)
             self._file.flush()
         self._waiting.clear()
@@ -176,3 +182,12 @@ def remove_checkpoint(path: Path) -> None:
     if path.exists():
         os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Takes the checkpoints and the history of an earlier run away, for a new one in its place."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_dir() and path.name.startswith(CHECKPOINT_PREFIX):
+                remove_checkpoint(path)
+        (folder / HISTORY_FILE).unlink(missing_ok=True)

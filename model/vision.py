@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blip2_kernels.checks import check_tensor, describe
+from blip2_kernels.checks import check_finite, check_int, check_tensor, describe
 
 from .feature_cache import EncodingReport, FeatureCache
-from .images import ImagePreprocessing
+from .images import ImagePreprocessing, UnfitPixelsError
 
 __all__ = [
     "EncodingReport",
@@ -53,8 +53,13 @@ def sine_positions_2d(height: int, width: int, channels: int, *, temperature: fl
         float32 [height * width, channels], row by row.
 
     Raises:
-        ValueError: channels is no multiple of 4.
+        TypeError, ValueError: a size below 1, channels that are no multiple of 4, or a temperature that is
+        not above 0.
     """
+    for name, value in (("height", height), ("width", width), ("channels", channels)):
+        check_int(name, value, 1)
+    if check_finite("temperature", temperature) <= 0:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
     if channels % 4:
         raise ValueError(f"channels: expected a multiple of 4 for sine positions, got {channels}")
     frequencies = temperature ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
@@ -211,9 +216,10 @@ class FrozenVisionEncoder(nn.Module):
             [B, tokens, width] in `output_dtype`, without gradient.
 
         Raises:
-            TypeError, ValueError: pixel_values of another kind or rank, or an output that holds no features.
+            TypeError, ValueError: pixel_values of another kind, rank or number of channels, without a pixel,
+            or of a size that the module does not take; an output that holds no features.
         """
-        check_tensor("pixel_values", pixel_values, ["batch", "channels", "height", "width"], FLOATING)
+        self.check_pixels("pixel_values", pixel_values)
         output = self._run(pixel_values.to(self.dtype))
         features = _first_tensor(output)
         if features.dim() == 4 and getattr(self.module, "output_fmt", None) == "NHWC":
@@ -237,14 +243,47 @@ class FrozenVisionEncoder(nn.Module):
             )
         return features if self.output_dtype is None else features.to(self.output_dtype)
 
+    @property
+    def channels(self) -> int | None:
+        """Channels of its input: the preprocessing's, else the module's own; None where neither says."""
+        if self.preprocessing is not None:
+            return len(self.preprocessing.mean)
+        return getattr(getattr(self.module, "config", None), "num_channels", None)
+
+    def check_pixels(self, name: str, pixels: Tensor) -> None:
+        """Check pictures [B, channels, height, width] as far as can be without running the module.
+
+        Raises:
+            TypeError, ValueError: of another kind, rank or number of channels, or without a pixel.
+        """
+        channels = self.channels
+        shape: list[int | str] = ["batch", "channels" if channels is None else channels, "height", "width"]
+        if self.kind == "blip2":  # which would take the first rows of its position table for any smaller one
+            shape[2:] = [self.module.config.image_size] * 2
+        check_tensor(name, pixels, shape, FLOATING)
+        if 0 in pixels.shape:
+            raise ValueError(f"{name}: expected at least one pixel of one picture, got {describe(pixels)}")
+
+    def _call(self, run: Any, pixel_values: Tensor, **options: Any) -> Any:
+        """Only the module knows which sizes it takes; what it says of others names nothing of ours."""
+        if torch.compiler.is_compiling() or pixel_values.device.type != "cpu":
+            return run(pixel_values, **options)
+        try:
+            return run(pixel_values, **options)
+        except (ValueError, RuntimeError) as error:
+            raise UnfitPixelsError(
+                f"pixel_values: expected pictures that {type(self.module).__name__} takes, got "
+                f"{describe(pixel_values)}: {error}"
+            ) from error
+
     def _run(self, pixel_values: Tensor) -> Any:
         if self.kind == "timm":
-            return self.module.forward_features(pixel_values)
+            return self._call(self.module.forward_features, pixel_values)
         if self.kind == "module":
-            return getattr(self.module, "extract_features", self.module)(pixel_values)
+            return self._call(getattr(self.module, "extract_features", self.module), pixel_values)
         if self.layer is None:
-            return self.module(pixel_values)
-        states = self.module(pixel_values, output_hidden_states=True).hidden_states
+            return self._call(self.module, pixel_values)
+        states = self._call(self.module, pixel_values, output_hidden_states=True).hidden_states
         if not -len(states) <= self.layer < len(states):
             last = len(states) - 1
             raise ValueError(f"layer: expected an int in [{-len(states)}, {last}], got {self.layer}")

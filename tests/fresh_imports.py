@@ -2,7 +2,8 @@
 
     python tests/fresh_imports.py triton,typer  blip2_kernels blip2_kernels.model
 
-prints a JSON object: each module's error text, or null. A process a module would import torch and
+prints a JSON object: each module's error text, or null. The compiled extension is hidden along with the
+packages, whether it was built or not. A process a module would import torch and
 transformers dozens of times. Here they are imported once, without the packages that are to be missing, and
 every module is then imported in a fork of that process, in which none of ours has been imported yet.
 """
@@ -14,6 +15,8 @@ import traceback
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+EXTENSION = "_C.abi3.so"
+
 
 def hide(packages: set[str]) -> None:
     """Let the import system find none of these packages, as on a machine that does not have them."""
@@ -23,6 +26,8 @@ def hide(packages: set[str]) -> None:
         return None if name.split(".")[0] in packages else original(name, path, target)
 
     PathFinder.find_spec = find_spec
+    exists = Path.exists
+    Path.exists = lambda path, **options: path.name != EXTENSION and exists(path, **options)
 
 
 def error_of_import(module: str) -> str | None:
@@ -32,6 +37,8 @@ def error_of_import(module: str) -> str | None:
         error = ""
         try:
             __import__(module)
+            if extension := sys.modules.get("blip2_kernels.extension"):
+                assert extension.LIBRARY.name == EXTENSION and "not built" in extension.reason()
         except BaseException:
             error = traceback.format_exc()
         os.write(writer, error.encode()[-4000:])

@@ -7,12 +7,15 @@ import torch
 
 from blip2_kernels.layout import (
     CAPTION_STREAM,
+    MASK_DTYPES,
     MAX_SAMPLES,
     QUERY_STREAM,
     TEXT_STREAM,
     TokenLayout,
     padded_row_keys,
+    row_keys,
 )
+from blip2_kernels.mask import AttentionMask
 
 MASKS = {
     "right": [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
@@ -57,9 +60,7 @@ def test_row_keys_do_not_depend_on_the_packing(padded):
     layout = TokenLayout.from_attention_masks(2, [first, second], padded=padded, first_sample=10)
     for i, (mask, stream) in enumerate(((first, TEXT_STREAM), (second, CAPTION_STREAM))):
         wide = padded_row_keys(3, 2, mask, text_stream=stream, first_sample=10)
-        start = layout.text_start(i)
-        keys = layout.row_keys[start : start + layout.texts[i].rows, None]
-        back = layout.unpack_text(torch.cat([layout.row_keys[:start, None].new_zeros(start, 1), keys]), i)
+        back = layout.unpack_text(layout.row_keys[:, None], i)
         real = mask.bool() if not padded else torch.ones_like(mask).bool()
         assert torch.equal(back[..., 0][real], wide[:, 2:][real])
         for s in range(3):
@@ -172,9 +173,103 @@ def test_bad_packing():
         layout.pack(queries[:, :1], [text])
     with pytest.raises(TypeError, match="queries: expected a tensor"):
         layout.pack(None, [text])
-    with pytest.raises(ValueError, match=r"texts\[0\]: expected \[2, 3, channels\]"):
+    with pytest.raises(ValueError, match=r"texts\[0\]: expected float32 \[2, 3, 4\]"):
         layout.pack(queries, [text[:, :2]])
     with pytest.raises(
         ValueError, match=r"texts\[0\]: expected 'all', 'first', 'last' or 'none', got 'some'"
     ):
         layout.select(texts=["some"])
+
+
+EMPTY = torch.tensor([[1, 1, 1], [0, 0, 0]])
+PACKED = TokenLayout.from_attention_masks(2, [ONE])
+BAD_CALLS = [
+    (lambda: TokenLayout.from_attention_masks(2, [EMPTY]).first_rows(), ValueError, "got none in sample 1"),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [EMPTY]).select(texts=["first"]),
+        ValueError,
+        "texts[0]: expected 'first' only where every sample has a real token, got none in sample 1",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [EMPTY], padded=True).select(texts=["last"]),
+        ValueError,
+        "texts[0]: expected 'last' only where every sample has a real token, got none in sample 1",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, ONE),
+        TypeError,
+        "text_masks: expected a sequence, one entry",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, None),
+        TypeError,
+        "text_masks: expected a sequence, one entry",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [ONE], text_streams=3),
+        TypeError,
+        "text_streams: expected a sequence, one entry a segment, got int 3",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [ONE], text_streams=["a"]),
+        TypeError,
+        "text_streams: expected an int >= 0, got str 'a'",
+    ),
+    (
+        lambda: TokenLayout.from_attention_masks(2, [ONE], padded="yes"),
+        TypeError,
+        "padded: expected a bool, got str 'yes'",
+    ),
+    (lambda: PACKED.select(texts="first"), TypeError, "texts: expected one choice a text segment, got str"),
+    (lambda: PACKED.first_rows(3), ValueError, "segment: expected an int in [0, 0], got 3"),
+    (lambda: PACKED.text_start(7), ValueError, "segment: expected an int in [0, 0], got 7"),
+    (lambda: PACKED.unpack_text(torch.zeros(10, 4), 1), ValueError, "segment: expected an int in [0, 0]"),
+    (
+        lambda: PACKED.unpack_text(torch.zeros(4, 4)),
+        ValueError,
+        "rows: expected [10, ...], got float32 [4, 4]",
+    ),
+    (lambda: PACKED.unpack_queries(torch.zeros(3, 4)), ValueError, "rows: expected [10, ...]"),
+    (lambda: PACKED.unpack_queries([1]), TypeError, "rows: expected a tensor [10, ...], got list"),
+    (
+        lambda: PACKED.pack(torch.zeros(2, 2, 4).half(), [torch.zeros(2, 3, 4)]),
+        TypeError,
+        "texts[0]: expected float16 [2, 3, 4], got float32 [2, 3, 4]",
+    ),
+    (
+        lambda: PACKED.pack(torch.zeros(2, 2, 4), [torch.zeros(2, 3, 5)]),
+        ValueError,
+        "texts[0]: expected float32 [2, 3, 4], got float32 [2, 3, 5]",
+    ),
+    (lambda: row_keys(9, ONE.long(), ONE.long()), ValueError, "stream: expected an int in [0, 3], got 9"),
+    (
+        lambda: row_keys(1, ONE.long() * MAX_SAMPLES, ONE.long()),
+        ValueError,
+        f"samples: expected values in [0, {MAX_SAMPLES}), got {MAX_SAMPLES}",
+    ),
+    (
+        lambda: row_keys(1, ONE.long(), -ONE.long()),
+        ValueError,
+        "ordinals: expected values in [0, 1024), got -1",
+    ),
+    (lambda: row_keys(1, ONE, ONE.long()), TypeError, "samples: expected int64 or int32 [2, 3], got float32"),
+    (lambda: row_keys(1, [1], ONE.long()), TypeError, "samples: expected a tensor"),
+    (lambda: padded_row_keys(2, 3, ONE, text_stream=8), ValueError, "text_stream: expected an int in [1, 3]"),
+    (lambda: padded_row_keys(2, 3, [[1]]), TypeError, "text_mask: expected a tensor"),
+    (lambda: AttentionMask().check(None), TypeError, "layout: expected a TokenLayout, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD_CALLS)
+def test_bad_calls(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES)
+def test_a_mask_may_be_of_any_real_dtype(dtype):
+    mask = torch.tensor(MASKS["scattered"])
+    layout = TokenLayout.from_attention_masks(2, [mask.to(dtype)])
+    assert torch.equal(layout.row_keys, TokenLayout.from_attention_masks(2, [mask]).row_keys)
+    assert {torch.float64, torch.int8, torch.int16} <= set(MASK_DTYPES)

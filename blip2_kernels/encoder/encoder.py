@@ -1,7 +1,7 @@
 """The whole Q-Former on packed rows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
+from ..ops.embed_tokens.api import TOKEN_IDS
+from ..ops.image_arguments import check_image_index
 from ..ops.philox import Site, draw_key
+from .embeddings import first_rows
 from .images import ImageFeatures, ImageKeyValues, KeyValues, project
 from .layer import (
     CallLayer,
@@ -19,39 +22,22 @@ from .layer import (
     call_whole,
     cross_attention_part,
     feed_forward_part,
+    parameters_of_dead_rows,
     self_attention_part,
     shared_self_attention_part,
 )
-from .modules import bypass_reason, checkpoints, drops, plain_reason, projections_reason
+from .modules import (
+    bypass_reason,
+    changes,
+    checkpoints,
+    drops,
+    hinders,
+    norm_reason,
+    projections_reason,
+)
 from .plan import Architecture, Plan, Saving, Workload, table
+from .rows import EncodedRows
 from .weights import Fold, FoldedLinear, Join, WeightCache, with_zero_gradients
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """What a pass gives.
-
-    Attributes:
-        rows: [layout.rows, hidden].
-        layout: where they lie: that of the pass, without the rows that were not kept.
-    """
-
-    rows: Tensor
-    layout: TokenLayout
-
-    @property
-    def queries(self) -> Tensor:
-        """[S, Q, hidden]."""
-        return self.layout.unpack_queries(self.rows)
-
-    def text(self, segment: int = 0) -> Tensor:
-        """The rows of a text segment, [its rows, hidden]."""
-        start = self.layout.text_start(segment)
-        return self.rows[start : start + self.layout.texts[segment].rows]
-
-    def padded_text(self, segment: int = 0) -> Tensor:
-        """The same in their padded places, [S, width, hidden]; 0 where padding was dropped."""
-        return self.layout.unpack_text(self.rows, segment)
 
 
 class FusedEncoder:
@@ -112,26 +98,39 @@ class FusedEncoder:
             config.encoder_hidden_size,
         )
 
-    def explain(self, work: Workload) -> str:
+    def explain(self, work: Workload, norm: nn.LayerNorm | None = None) -> str:
         """The plan of a pass as a table: which savings apply, what each saves, and why not.
 
         Modules that were changed are listed below it, with what is declined because of them.
+
+        Args:
+            work: the pass. Dropout and checkpointed layers count where the Q-Former has them on now, too.
+            norm: the image LayerNorm that `project_images` would get; default one as it was built.
+
+        Raises:
+            TypeError: `work` is no Workload.
+            ValueError: a saving is forced on where it does not hold.
         """
         if not isinstance(work, Workload):
             raise TypeError(f"work: expected a Workload, got {describe(work)}")
-        architecture = self.architecture
-        how = dict(prepared=self._cache is not None, device_type=self._device_type)
-        lines = [table(architecture, work, self.plan.decisions(work, architecture, **how))]
-        for number, layer in enumerate(self.qformer.encoder.layer):
-            reason = bypass_reason(layer)
-            if reason is not None:
-                lines.append(f"layer {number} is called whole, on padded rows: {reason}")
-            elif hasattr(layer, "crossattention"):
-                reason = projections_reason(layer.crossattention.attention)
-                if reason is not None:
-                    declined = ", ".join((Saving.NO_IMAGE_GRADIENT, Saving.ABSORBED, Saving.BIAS_IDENTITIES))
-                    lines.append(f"layer {number} goes without {declined}: its image {reason}")
-        return "\n".join(lines)
+        layers = self.qformer.encoder.layer
+        work = replace(
+            work,
+            dropout=work.dropout or drops(self.qformer),
+            attention_dropout=work.attention_dropout or any(map(self._drops_probabilities, layers)),
+            checkpointed=work.checkpointed or (work.gradients and checkpoints(self.qformer)),
+        )
+        whole = [bypass_reason(layer) for layer in layers]
+        decisions = self.plan.decisions(
+            work,
+            self.architecture,
+            prepared=self._cache is not None,
+            device_type=self._device_type,
+            hinders=hinders(self.qformer, whole, norm),
+        )
+        lines = [table(self.architecture, work, decisions)]
+        joined = decisions[Saving.JOINED_PROJECTIONS].applies
+        return "\n".join(lines + changes(self.qformer, whole, joined=joined))
 
     def prepare_inference(self) -> "FusedEncoder":
         """Keep weights that are made from other weights between calls without gradients.
@@ -157,7 +156,9 @@ class FusedEncoder:
 
     @property
     def _device_type(self) -> str:
-        return self.qformer.encoder.layer[0].attention.attention.query.weight.device.type
+        # Of whichever parameter there is: a wrapped or quantised linear layer need not have any.
+        parameter = next(self.qformer.parameters(), None)
+        return "cpu" if parameter is None else parameter.device.type
 
     # --------------------------------------------------------------------------------------------- the images
 
@@ -198,18 +199,43 @@ class FusedEncoder:
             came = "requires_grad=True" if image_gradients else "requires_grad=False"
             raise ValueError(f"frozen: expected {not frozen} for features with {came}, got {frozen}")
 
-        crossing = [layer for layer in layers if hasattr(layer, "crossattention")]
-        reasons = (
-            bypass_reason(layer) or projections_reason(layer.crossattention.attention) for layer in crossing
-        )
-        changed = next(filter(None, reasons), None)
+        changed = hinders(self.qformer, [bypass_reason(layer) for layer in layers]).some_images
         source = self._source(features, norm, image_gradients, changed is not None)
         absorbed = self._absorbs(source, query_rows, changed)
         checkpointed = checkpoints(self.qformer)
         once = self.plan.project_once(checkpointed).applies
         project_now = once and not absorbed
         made = tuple(self._project(layer, source) if project_now else None for layer in layers)
-        return ImageKeyValues(source, made, mask, absorbed, shared=once or absorbed or checkpointed)
+        return ImageKeyValues(
+            source,
+            made,
+            mask,
+            self.qformer,
+            absorbed,
+            shared=once or absorbed or checkpointed,
+            cut_from=() if torch.is_grad_enabled() else tuple(self._made_of(features, norm, source, made)),
+        )
+
+    def _made_of(
+        self,
+        features: Tensor,
+        norm: nn.LayerNorm | None,
+        source: ImageFeatures,
+        made: Sequence[KeyValues | None],
+    ) -> Iterator[Tensor]:
+        """The tensors that have been computed with when images were projected."""
+        if features.requires_grad:  # else they would live on for nothing
+            yield features
+        projected = [
+            layer.crossattention.attention
+            for layer, key_values in zip(self.qformer.encoder.layer, made, strict=True)
+            if key_values is not None
+        ]
+        if norm is not None and (projected or source.norm is None or source.whole is not None):
+            yield from norm.parameters()
+        for attention in projected:
+            yield from attention.key.parameters()
+            yield from attention.value.parameters()
 
     def _source(
         self, features: Tensor, norm: nn.LayerNorm | None, image_gradients: bool, keep_whole: bool
@@ -217,12 +243,8 @@ class FusedEncoder:
         """The features as the layers will read them."""
         if norm is None:
             return ImageFeatures(features)
-        hinder = plain_reason(norm, nn.LayerNorm)
-        if hinder is None and (norm.weight is None or norm.bias is None):
-            hinder = "has no weight and bias"
-        hinder = hinder and f"the image norm {hinder}"
         features = features.to(norm.weight.dtype)
-        if self.plan.no_image_gradient(image_gradients, hinder).applies:
+        if self.plan.no_image_gradient(image_gradients, norm_reason(norm)).applies:
             return ImageFeatures.normalized(features, norm, keep_whole=keep_whole)
         return ImageFeatures(norm(features))
 
@@ -232,9 +254,14 @@ class FusedEncoder:
             return False
         images, tokens, _ = source.values.shape
         # Whether queries that will look need a gradient is not known yet, though every parameter be frozen.
-        gradients = torch.is_grad_enabled()
         work = Workload(
-            0, 0, images=images, image_tokens=tokens, looking_rows=query_rows or 0, gradients=gradients
+            0,
+            0,
+            images=images,
+            image_tokens=tokens,
+            looking_rows=query_rows or 0,
+            gradients=torch.is_grad_enabled(),
+            attention_dropout=any(map(self._drops_probabilities, self.qformer.encoder.layer)),
         )
         return self.plan.absorbed(work, self.architecture, hinder, self._device_type).applies
 
@@ -243,15 +270,19 @@ class FusedEncoder:
         if not hasattr(layer, "crossattention") or bypass_reason(layer) is not None:
             return None
         attention = layer.crossattention.attention
-        attention_dropout = drops(self.qformer) and attention.attention_dropout > 0
         return project(
             attention,
             self.qformer.config.num_attention_heads,
             features,
             read_weights=projections_reason(attention) is None,
-            bias_identities=self.plan.bias_identities(attention_dropout).applies,
+            bias_identities=self.plan.bias_identities(self._drops_probabilities(layer)).applies,
             fold=self._fold,
         )
+
+    def _drops_probabilities(self, layer: nn.Module) -> bool:
+        """Whether a layer's cross-attention would apply dropout now."""
+        cross = getattr(layer, "crossattention", None)
+        return cross is not None and drops(self.qformer) and cross.attention.attention_dropout > 0
 
     # ------------------------------------------------------------------------------------------------- a pass
 
@@ -264,21 +295,27 @@ class FusedEncoder:
         images: ImageKeyValues | None = None,
         image_index: Tensor | None = None,
         *,
+        embeddings: nn.Module | None = None,
+        position_ids: Sequence[Tensor | None] | None = None,
         keep_queries: bool = True,
         keep_texts: Sequence[Selection] | None = None,
         dropout_key: Tensor | None = None,
     ) -> EncodedRows:
-        """Encode embedded rows.
+        """Encode queries and texts.
 
         Args:
             queries: query tokens before the first LayerNorm, [S, Q, hidden], or [1, Q, hidden] where all
                 samples start from the same; None where Q = 0.
             texts: embedded text (word + position) before the first LayerNorm, the packed rows [rows, hidden]
-                of each segment.
+                of each segment; with `embeddings` the token ids, integers [S, width] of each segment.
             layout: where the rows lie.
             mask: one mode a text segment.
-            images: from `project_images`; needed wherever there are queries.
-            image_index: int32 [S]; default sample s looks at image s.
+            images: from `project_images`; needed where there are queries, None where there are none.
+            image_index: int32 [S] in [0, images); default sample s looks at image s.
+            embeddings: what embeds token ids: `embeddings(ids [1, n], positions [1, n])` gives word +
+                position [1, n, hidden], from tables `word_embeddings` and `position_embeddings`.
+                None where texts come embedded.
+            position_ids: with `embeddings`, integers [S or 1, width] of each segment; default 0, 1, 2 ...
             keep_queries, keep_texts: which rows of the result are read, as in `TokenLayout.select`; default
                 all.
             dropout_key: int64 [] from `draw_key`, so that several passes can share a step's key; default a
@@ -291,7 +328,9 @@ class FusedEncoder:
             TypeError, ValueError: an argument of the wrong kind or shape, parts that do not belong together,
                 or a saving that is forced on where it does not hold.
         """
-        queries, texts = self._check(queries, texts, layout, mask, images)
+        queries, texts = self._check(
+            queries, texts, layout, mask, images, image_index, embeddings, position_ids
+        )
         layers = self.qformer.encoder.layer
         keep = tuple(["all"] * len(texts) if keep_texts is None else keep_texts)
         key = None
@@ -303,7 +342,19 @@ class FusedEncoder:
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)
 
-        hidden = self._embed(queries, texts, run, shared)
+        inside = getattr(self.qformer, "layernorm", None) is None
+        owner = self.qformer.embeddings if inside else self.qformer
+        drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
+        hidden = first_rows(
+            owner.layernorm,
+            embeddings,
+            queries,
+            texts,
+            position_ids,
+            layout,
+            drop,
+            expand_queries=not shared,
+        )
         for number, layer in enumerate(layers):
             if whole[number] is not None:
                 if self.call_layer is None:
@@ -350,7 +401,7 @@ class FusedEncoder:
         rows = feed_forward_part(layer, number, queries, text, layout.row_keys, run)
         if kept is None:
             return rows
-        return with_zero_gradients(rows, _parameters_of_dead_rows(layer, queries, text, run.layout))
+        return with_zero_gradients(rows, parameters_of_dead_rows(layer, queries, text, run.layout))
 
     def _key_values(self, layer: nn.Module, number: int, run: Pass) -> KeyValues | None:
         """A layer's keys and values, made here where they were not before; None for the absorbed form."""
@@ -387,28 +438,9 @@ class FusedEncoder:
             keep_queries=keep_queries,
             keep_texts=keep_texts,
         )
-        if not whole:
-            return False, False
-        early = some_rows and self.plan.dead_rows(work, whole[-1]).applies
-        shared = self.plan.shared_first_layer(work).applies
-        # One layer alone is first and last; a layer that is called whole wants every row.
-        return shared and len(whole) > 1 and whole[0] is None, early
-
-    def _embed(self, queries: Tensor | None, texts: Sequence[Tensor], run: Pass, shared: bool) -> Tensor:
-        """Rows behind the first LayerNorm and its dropout."""
-        layout = run.layout
-        parts = []
-        if queries is not None:
-            if not shared:
-                queries = queries.expand(layout.samples, -1, -1)
-            parts.append(queries.flatten(0, 1))
-        parts.extend(texts)
-        rows = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts])
-        inside = getattr(self.qformer, "layernorm", None) is None
-        owner = self.qformer.embeddings if inside else self.qformer
-        rows = owner.layernorm(rows.to(owner.layernorm.weight.dtype))
-        drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
-        return rows if drop is None else drop(rows)
+        changed = hinders(self.qformer, whole)
+        early = some_rows and self.plan.dead_rows(work, changed.last_layer).applies
+        return self.plan.shared_first_layer(work, changed.first_layer).applies, early
 
     def _check(
         self,
@@ -417,6 +449,9 @@ class FusedEncoder:
         layout: TokenLayout,
         mask: AttentionMask,
         images: ImageKeyValues | None,
+        image_index: Tensor | None,
+        embeddings: nn.Module | None,
+        position_ids: Sequence[Tensor | None] | None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         hidden = self.qformer.config.hidden_size
         if not isinstance(layout, TokenLayout):
@@ -426,11 +461,20 @@ class FusedEncoder:
         mask.check(layout)
         if len(texts) != len(layout.texts):
             raise ValueError(f"texts: expected {len(layout.texts)}, one a text segment, got {len(texts)}")
+        if position_ids is not None and embeddings is None:
+            raise ValueError("position_ids: expected embeddings beside it, got None")
         for i, (text, segment) in enumerate(zip(texts, layout.texts, strict=True)):
-            check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
+            if embeddings is None:
+                check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
+            else:
+                check_tensor(f"texts[{i}]", text, [layout.samples, segment.width], TOKEN_IDS, layout.device)
         if not layout.num_queries:
-            if queries is not None:
-                raise ValueError(f"queries: expected None for a layout without, got {describe(queries)}")
+            given = {"queries": queries, "images": images, "image_index": image_index}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}: expected None for a layout without queries, got {describe(value)}"
+                    )
             return None, list(texts)
         check_tensor("queries", queries, ["S or 1", layout.num_queries, hidden], device=layout.device)
         if queries.shape[0] not in (1, layout.samples):
@@ -440,21 +484,24 @@ class FusedEncoder:
             raise ValueError(
                 f"images: expected ImageKeyValues where there are queries, got {describe(images)}"
             )
-        if len(images.layers) != len(self.qformer.encoder.layer):
-            raise ValueError(
-                f"images: expected those of a Q-Former with {len(self.qformer.encoder.layer)} layers, got "
-                f"{len(images.layers)}"
-            )
+        self._check_images(images)
+        # Here and not only in the ops: a layer that is called whole picks its images itself.
+        check_image_index(image_index, layout.samples, images.images, layout.device, validate=False)
         return queries, list(texts)
 
-
-def _parameters_of_dead_rows(
-    layer: nn.Module, queries: Tensor | None, text: Tensor | None, layout: TokenLayout
-) -> list[Tensor]:
-    """Parameters of a layer that only rows work with of which none was kept."""
-    parts = []
-    if queries is None and layout.query_rows:
-        parts += ["crossattention", "intermediate_query", "output_query"]
-    if text is None and layout.texts:
-        parts += ["intermediate", "output"]
-    return [p for part in parts if hasattr(layer, part) for p in getattr(layer, part).parameters()]
+    def _check_images(self, images: ImageKeyValues) -> None:
+        """Refuse images that were made for something else than this pass."""
+        if images.owner is not self.qformer:
+            raise ValueError("images: expected what this Q-Former projected, got what another one did")
+        for layer, made in zip(self.qformer.encoder.layer, images.layers, strict=True):
+            undropped = images.absorbed if made is None else made.context_bias is not None
+            if undropped and self._drops_probabilities(layer):
+                raise ValueError(
+                    "images: expected images that were projected in training mode, since attention dropout "
+                    "is on, got some that were projected without"
+                )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in images.cut_from):
+            raise ValueError(
+                "images: expected images that were projected with gradients, since weights or features they "
+                "were made of require one, got some that were projected under torch.no_grad()"
+            )

@@ -84,13 +84,20 @@ def _norm_is_fused(norm: nn.Module, residual: Tensor) -> bool:
     """Whether the compiled operator computes what this norm would."""
     return (
         extension.device_reason(residual.device.type) is None
-        and residual.dtype != torch.float64
-        and plain_reason(norm, nn.LayerNorm) is None
-        and norm.weight is not None
-        and norm.bias is not None
+        and norm_reason(norm) is None
         and norm.weight.dtype == residual.dtype
         and residual.shape[1:] == norm.normalized_shape
     )
+
+
+def norm_reason(norm: nn.Module) -> str | None:
+    """None where a LayerNorm may be computed by a compiled operator, else why not."""
+    reason = plain_reason(norm, nn.LayerNorm)
+    if reason is None and (norm.weight is None or norm.bias is None):
+        reason = "has no weight and bias"
+    if reason is None and norm.weight.dtype == torch.float64:
+        reason = "is in float64"
+    return reason
 
 
 def _is_exact_gelu(activation: nn.Module, x: Tensor) -> bool:
@@ -100,8 +107,7 @@ def _is_exact_gelu(activation: nn.Module, x: Tensor) -> bool:
 
 def _without_bias(dense: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The linear layer's product, and its bias where that was left out for the operator that follows."""
-    bias = getattr(dense, "bias", None)
-    mixed = bias is not None and beside is not None and bias.dtype != beside.dtype
-    if bias is None or mixed or plain_reason(dense, nn.Linear) is not None:
+    bias = getattr(dense, "bias", None) if plain_reason(dense, nn.Linear) is None else None
+    if bias is None or (beside is not None and bias.dtype != beside.dtype):
         return call_linear(dense, x), None
     return linear(x, dense.weight), bias

@@ -77,15 +77,19 @@ class ImageKeyValues:
         layers: one entry a layer: its keys and values, or None where it has no cross-attention or makes them
             itself (absorbed cross-attention, checkpointed layers, layers that are called as modules).
         mask: 0/1 [images, tokens], or None where every token is visible.
+        owner: the Q-Former whose weights made them.
         absorbed: layers without keys and values attend to the features themselves.
         shared: an image is projected once for all samples that look at it, not once a sample.
+        cut_from: tensors they were made of while no gradients were recorded; empty where gradients were.
     """
 
     features: ImageFeatures
     layers: tuple[KeyValues | None, ...]
-    mask: Tensor | None = None
+    mask: Tensor | None
+    owner: nn.Module
     absorbed: bool = False
     shared: bool = True
+    cut_from: tuple[Tensor, ...] = ()
 
     @property
     def images(self) -> int:

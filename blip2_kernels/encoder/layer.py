@@ -273,6 +273,18 @@ def call_whole(layer: nn.Module, rows: Tensor, run: Pass, call: CallLayer) -> Te
     return dense.collect(hidden)
 
 
+def parameters_of_dead_rows(
+    layer: nn.Module, queries: Tensor | None, text: Tensor | None, layout: TokenLayout
+) -> list[Tensor]:
+    """Parameters of a layer that only rows work with of which none was kept."""
+    parts = []
+    if queries is None and layout.query_rows:
+        parts += ["crossattention", "intermediate_query", "output_query"]
+    if text is None and layout.texts:
+        parts += ["intermediate", "output"]
+    return [p for part in parts if hasattr(layer, part) for p in getattr(layer, part).parameters()]
+
+
 def _projections(run: Pass, rows: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Rows through several linear layers, [rows, heads, head_dim] each: views of one product where their
     weights are kept side by side."""

@@ -5,12 +5,13 @@ that is not called (a hook, an adapter, another `forward`, a sharding or quantis
 silence, so a module is gone around only while it is exactly what it was built as.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
+from .plan import Hinders, Saving
 
 STOCK = (
     "blip2_kernels.model.qformer_layers",
@@ -20,14 +21,26 @@ STOCK = (
 )
 """Where the classes of Q-Former layers that this encoder knows are defined."""
 
+EMBEDDINGS = ("blip2_kernels.model.qformer_text", "transformers.models.blip_2.modeling_blip_2")
+"""Where the classes of text embeddings that are the sum of a word and a position are defined."""
 
-def _touched(module: nn.Module) -> str | None:
+_PROJECTIONS = ("query", "key", "value")
+
+
+def _recorder(hook: object) -> bool:
+    """Whether a forward hook is the one by which transformers records outputs. It stays on a module for good
+    once outputs were asked for, and does nothing while they are not."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def touched(module: nn.Module) -> str | None:
+    """None where calling a module runs the `forward` of its class and nothing else, else why not."""
     own = module.__dict__
     if "forward" in own:
         return "has a forward of its own"
     # Asked a few hundred times a pass, so without a loop.
     if (
-        own["_forward_hooks"]
+        (own["_forward_hooks"] and not all(map(_recorder, own["_forward_hooks"].values())))
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
@@ -62,12 +75,12 @@ def bypass_reason(layer: nn.Module) -> str | None:
         if type(part).__module__ not in STOCK:
             reason: str | None = f"is a {type(part).__qualname__}"
         else:
-            reason = _touched(part)
+            reason = touched(part)
             dropout = part._modules.get("dropout")
             if reason is None and dropout is not None:
                 name = f"{name}.dropout".lstrip(".")
                 is_stock = type(dropout) is nn.Dropout
-                reason = _touched(dropout) if is_stock else f"is a {type(dropout).__qualname__}"
+                reason = touched(dropout) if is_stock else f"is a {type(dropout).__qualname__}"
         if reason is not None:
             return f"{name or 'the layer'} {reason}"
     return None
@@ -81,7 +94,7 @@ def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
     for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return f"has weights of type {type(parameter).__name__}"
-    return _touched(module)
+    return touched(module)
 
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -89,6 +102,13 @@ def call_linear(module: nn.Module, x: Tensor) -> Tensor:
     if x.device.type == "cpu" and plain_reason(module, nn.Linear) is None:
         return linear(x, module.weight, module.bias)
     return module(x)
+
+
+def stock_reason(embeddings: nn.Module) -> str | None:
+    """None where text embeddings are an untouched module of a class that is known here, else why not."""
+    if type(embeddings).__module__ not in EMBEDDINGS:
+        return f"is a {type(embeddings).__qualname__}"
+    return touched(embeddings)
 
 
 def projections_reason(attention: nn.Module) -> str | None:
@@ -100,6 +120,75 @@ def projections_reason(attention: nn.Module) -> str | None:
     return None
 
 
+def norm_reason(norm: nn.Module) -> str | None:
+    """None where the weight and bias of an image norm may be read, else why not."""
+    reason = plain_reason(norm, nn.LayerNorm)
+    if reason is None and (norm.weight is None or norm.bias is None):
+        reason = "has no weight and bias"
+    return reason and f"the image norm {reason}"
+
+
+def hinders(qformer: nn.Module, whole: Sequence[str | None], norm: nn.Module | None = None) -> Hinders:
+    """What the modules of a Q-Former stand in the way of.
+
+    Args:
+        qformer: with `encoder.layer`.
+        whole: `bypass_reason` of each layer.
+        norm: the image norm, if one is read.
+    """
+    layers = qformer.encoder.layer
+    called = [reason and f"layer {number} is called whole: {reason}" for number, reason in enumerate(whole)]
+    crossing = [number for number, layer in enumerate(layers) if hasattr(layer, "crossattention")]
+    reasons = [(called[i], projections_reason(layers[i].crossattention.attention)) for i in crossing]
+    images = [
+        layer or (own and f"the image {own} in layer {i}")
+        for i, (layer, own) in zip(crossing, reasons, strict=True)
+    ]
+    by_layer = [layer for layer, _ in reasons]
+    first: str | None = "there is no layer"
+    last = first
+    if called:
+        first, last = called[0], called[-1]
+        if len(called) == 1:
+            first = first or "there is one layer, which is the last too"
+    return Hinders(
+        first_layer=first,
+        last_layer=last,
+        some_images=next(filter(None, images), None),
+        every_image=images[0] if images and all(images) else None,
+        every_layer=by_layer[0] if by_layer and all(by_layer) else None,
+        image_norm=None if norm is None else norm_reason(norm),
+    )
+
+
+def changes(qformer: nn.Module, whole: Sequence[str | None], *, joined: bool) -> list[str]:
+    """Which modules were changed and what is declined because of them, a line each.
+
+    Args:
+        qformer: with `encoder.layer`.
+        whole: `bypass_reason` of each layer.
+        joined: whether the projections of self-attention are joined where they can be.
+    """
+    lines = []
+    for number, (layer, reason) in enumerate(zip(qformer.encoder.layer, whole, strict=True)):
+        if reason is not None:
+            lines.append(f"layer {number} is called whole, on padded rows: {reason}")
+            continue
+        declined: list[tuple[str, str]] = []
+        own = projections_reason(layer.crossattention.attention) if hasattr(layer, "crossattention") else None
+        if own is not None:
+            savings = ", ".join((Saving.NO_IMAGE_GRADIENT, Saving.ABSORBED, Saving.BIAS_IDENTITIES))
+            declined.append((savings, f"image {own}"))
+        if joined:
+            attention = layer.attention.attention
+            named = ((name, plain_reason(getattr(attention, name), nn.Linear)) for name in _PROJECTIONS)
+            found = next((f"{name} {reason}" for name, reason in named if reason is not None), None)
+            if found is not None:
+                declined.append((Saving.JOINED_PROJECTIONS, found))
+        lines += [f"layer {number} goes without {savings}: its {why}" for savings, why in declined]
+    return lines
+
+
 def drops(qformer: nn.Module) -> bool:
     """Whether a forward pass of a Q-Former now would apply dropout."""
     config = qformer.config
@@ -109,5 +198,7 @@ def drops(qformer: nn.Module) -> bool:
 
 def checkpoints(qformer: nn.Module) -> bool:
     """Whether a forward pass of a Q-Former now would checkpoint its layers."""
-    asked = bool(getattr(qformer, "gradient_checkpointing", False))
+    # transformers' models are asked through their layers.
+    owners = (qformer, next(iter(qformer.encoder.layer), qformer))
+    asked = any(getattr(owner, "gradient_checkpointing", False) for owner in owners)
     return asked and qformer.training and torch.is_grad_enabled()

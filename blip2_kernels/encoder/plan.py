@@ -113,6 +113,26 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Hinders:
+    """What keeps savings from a Q-Former whose modules were changed: a reason each, or None.
+
+    Attributes:
+        first_layer, last_layer: why that layer cannot compute fewer rows.
+        some_images: why one layer's image projections cannot be read past.
+        every_image: the same where it is so in every layer with cross-attention.
+        every_layer: why every layer with cross-attention projects the images itself.
+        image_norm: why the image norm cannot be read past.
+    """
+
+    first_layer: str | None = None
+    last_layer: str | None = None
+    some_images: str | None = None
+    every_image: str | None = None
+    every_layer: str | None = None
+    image_norm: str | None = None
+
+
+@dataclass(frozen=True)
 class Decision:
     """Whether a saving applies, and why."""
 
@@ -174,9 +194,10 @@ class Plan:
 
     # What hinders a saving, apart from modules that must be called as they are (`hinder`).
 
-    def project_once(self, checkpointed: bool) -> Decision:
+    def project_once(self, checkpointed: bool, hinder: str | None = None) -> Decision:
         """One projection an image, for all passes and samples."""
-        hinder = "checkpointed layers project the images in each pass" if checkpointed else None
+        if checkpointed:
+            hinder = "checkpointed layers project the images in each pass"
         return self.decide(Saving.PROJECT_ONCE, hinder=hinder)
 
     def no_image_gradient(self, image_gradients: bool, hinder: str | None = None) -> Decision:
@@ -197,6 +218,8 @@ class Plan:
         images = (architecture, work.images, work.image_tokens, rows)
         if work.gradients:
             hinder = "a gradient is asked for"
+        elif work.attention_dropout:
+            hinder = "probabilities are dropped"
         elif not work.images:
             hinder = "no image is read"
         decline = None
@@ -205,9 +228,10 @@ class Plan:
             decline = f"{rows / max(work.images, 1):.4g} rows look at an image: keys and values are cheaper"
         return self.decide(Saving.ABSORBED, hinder=hinder, decline=decline)
 
-    def bias_identities(self, attention_dropout: bool) -> Decision:
+    def bias_identities(self, attention_dropout: bool, hinder: str | None = None) -> Decision:
         """The image keys' and values' biases outside the projections."""
-        hinder = "dropped probabilities do not sum to one" if attention_dropout else None
+        if attention_dropout:
+            hinder = "dropped probabilities do not sum to one"
         return self.decide(Saving.BIAS_IDENTITIES, hinder=hinder)
 
     def shared_first_layer(self, work: Workload, hinder: str | None = None) -> Decision:
@@ -237,29 +261,40 @@ class Plan:
         return self.decide(Saving.JOINED_PROJECTIONS, hinder=hinder, decline=decline)
 
     def decisions(
-        self, work: Workload, architecture: Architecture, *, prepared: bool = False, device_type: str = "cpu"
+        self,
+        work: Workload,
+        architecture: Architecture,
+        *,
+        prepared: bool = False,
+        device_type: str = "cpu",
+        hinders: Hinders = Hinders(),
     ) -> dict[Saving, Decision]:
-        """Every decision for a pass whose modules are all as they were built.
+        """Every decision for a pass.
 
         Args:
             work: the pass.
             architecture: of the Q-Former.
             prepared: `FusedEncoder.prepare_inference` was called.
             device_type: where the parameters are.
+            hinders: what changed modules stand in the way of; default none.
         """
         unread = None if work.images else "no image is read"
         no_text = None if work.text_rows else "there is no text"
         one_text = None if len(work.text_rows) > 1 else "there is one text at most"
         checkpointed = "layers are checkpointed" if work.checkpointed else None
         return {
-            Saving.PROJECT_ONCE: self.project_once(work.checkpointed),
+            Saving.PROJECT_ONCE: self.project_once(work.checkpointed, hinders.every_layer),
             Saving.PACKED_TEXT: self.decide(Saving.PACKED_TEXT, decline=no_text),
             Saving.ONE_PASS: self.decide(Saving.ONE_PASS, decline=one_text),
-            Saving.NO_IMAGE_GRADIENT: self.no_image_gradient(work.image_gradients, unread),
-            Saving.ABSORBED: self.absorbed(work, architecture, checkpointed, device_type),
-            Saving.SHARED_FIRST_LAYER: self.shared_first_layer(work),
-            Saving.DEAD_ROWS: self.dead_rows(work),
-            Saving.BIAS_IDENTITIES: self.bias_identities(work.attention_dropout),
+            Saving.NO_IMAGE_GRADIENT: self.no_image_gradient(
+                work.image_gradients, unread or hinders.image_norm or hinders.every_image
+            ),
+            Saving.ABSORBED: self.absorbed(
+                work, architecture, checkpointed or hinders.some_images, device_type
+            ),
+            Saving.SHARED_FIRST_LAYER: self.shared_first_layer(work, hinders.first_layer),
+            Saving.DEAD_ROWS: self.dead_rows(work, hinders.last_layer),
+            Saving.BIAS_IDENTITIES: self.bias_identities(work.attention_dropout, hinders.every_image),
             Saving.SUPERVISED_ROWS: self.decide(Saving.SUPERVISED_ROWS),
             Saving.JOINED_PROJECTIONS: self.joined_projections(work.gradients, prepared, device_type),
         }

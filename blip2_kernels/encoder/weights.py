@@ -75,25 +75,58 @@ Fold = Callable[..., FoldedLinear]
 Join = Callable[[Sequence[nn.Linear]], FoldedLinear | None]
 """`WeightCache.joined`."""
 
-Signature = tuple[tuple[object, ...] | None, ...]
+
+@dataclass(frozen=True)
+class _Source:
+    """A parameter that something was made of, as it was then.
+
+    Attributes:
+        parameter: the tensor itself.
+        memory: another view of what it held. While this lives no other tensor can get the same address, so
+            that an equal address means equal memory, `parameter.data = ...` included.
+        version: how often torch had counted a write to it.
+    """
+
+    parameter: Tensor
+    memory: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor | None) -> "_Source | None":
+        if parameter is None:
+            return None
+        return cls(parameter, parameter.detach(), _version(parameter))
+
+    def is_still(self, parameter: Tensor | None) -> bool:
+        """Whether this is the tensor it was, not replaced, moved or written to."""
+        return (
+            parameter is self.parameter
+            and parameter.data_ptr() == self.memory.data_ptr()
+            and parameter.dtype == self.memory.dtype
+            and parameter.shape == self.memory.shape
+            and _version(parameter) == self.version
+        )
 
 
-def _signature(*tensors: Tensor | None) -> Signature:
-    """What tells a tensor that was replaced, moved or written to from the one it was."""
-
-    def one(t: Tensor) -> tuple[object, ...]:
-        return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device, t.shape
-
-    return tuple(None if t is None else one(t) for t in tensors)
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Weights made of others, and the modules they were made of, whose ids stay theirs while this lives."""
+    """Weights made of others, and the modules and parameters they were made of, whose ids and addresses stay
+    theirs while this lives."""
 
     modules: tuple[nn.Module | None, ...]
-    signature: Signature
+    sources: tuple[_Source | None, ...]
     made: FoldedLinear
+
+    def holds(self, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether it would be made the same of these parameters."""
+        return all(
+            parameter is None if source is None else source.is_still(parameter)
+            for source, parameter in zip(self.sources, parameters, strict=True)
+        )
 
 
 @dataclass
@@ -134,10 +167,10 @@ class WeightCache:
         self, modules: tuple[nn.Module | None, ...], how: bool | None, make: Callable[[], FoldedLinear]
     ) -> FoldedLinear:
         read = [t for m in modules for t in ((None, None) if m is None else (m.weight, m.bias))]
-        name, signature = (*map(id, modules), how), _signature(*read)
+        name = (*map(id, modules), how)
         entry = self.entries.get(name)
-        if entry is None or entry.signature != signature:
-            entry = self.entries[name] = _Entry(modules, signature, make())
+        if entry is None or not entry.holds(read):
+            entry = self.entries[name] = _Entry(modules, tuple(map(_Source.of, read)), make())
         return entry.made
 
 

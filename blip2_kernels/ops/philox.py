@@ -17,12 +17,14 @@ on a CPU it works in chunks that stay in the cache.
 """
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_probability, check_tensor, values_are_free
+from ..checks import check_int, check_probability, check_tensor, describe, values_are_free
 
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LANES = 8
 LEVELS = 1 << 16
 CHUNK = 1 << 15
@@ -46,7 +48,13 @@ class Site(enum.IntEnum):
 
 
 def draw_key(device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Draw the Philox key of a step: int64 [], from `generator` or torch's default one for the device."""
+    """Draw the Philox key of a step: int64 [], from `generator` or torch's default one for the device.
+
+    Raises:
+        TypeError: `generator` is none.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
     return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device, generator=generator)
 
 
@@ -69,7 +77,21 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) 
 
     Returns:
         Four int64 tensors of that shape, values in [0, 2**32).
+
+    Raises:
+        TypeError, ValueError: no four words, or words or a key of another dtype or shape.
     """
+    if not isinstance(counter, tuple | list) or len(counter) != 4:
+        got = f"{len(counter)} values" if isinstance(counter, tuple | list) else describe(counter)
+        raise TypeError(f"counter: expected four int64 tensors, got {got}")
+    for word in counter:
+        shape = counter[0].shape if isinstance(counter[0], Tensor) else ["..."]
+        check_tensor("counter", word, shape, [torch.int64])
+    check_tensor("key", key, [], [torch.int64])
+    return _rounds(counter, key)
+
+
+def _rounds(counter: Sequence[Tensor], key: Tensor) -> tuple[Tensor, ...]:
     c0, c1, c2, c3 = (word.clone() for word in counter)
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
@@ -100,7 +122,14 @@ def hidden_keep_mask(
 
     Returns:
         bool [..., C].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
     """
+    _check_common(key, layer, site)
+    _check_names("row_keys", row_keys)
+    check_int("channels", channels, 0)
+    check_probability("p", p)
     groups = torch.arange((channels + LANES - 1) // LANES, device=row_keys.device)
     rows = row_keys.reshape(-1, 1).long()
     keep = _keep_lanes(key, rows, groups[None, :], None, p, layer, site).flatten(-2)
@@ -121,7 +150,17 @@ def attention_keep_mask(
 
     Returns:
         bool [B, H, Lq, Lk].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
     """
+    _check_common(key, layer, site)
+    check_tensor("query_keys", query_keys, ["B", "Lq"], [torch.int32])
+    _check_names("key_keys", key_keys)
+    if key_keys.dim() != 1:
+        check_tensor("key_keys", key_keys, [query_keys.shape[0], "Lk"], [torch.int32])
+    check_int("heads", heads, 0)
+    check_probability("p", p)
     groups, column = _groups(key_keys.expand(query_keys.shape[0], -1))
     head = torch.arange(heads, device=query_keys.device)[None, :, None, None]
     rows = query_keys.long()[:, None, :, None]
@@ -139,7 +178,8 @@ def dropout_hidden(x: Tensor, p: float, key: Tensor, row_keys: Tensor, *, layer:
     """
     if check_probability("p", p) == 0:
         return x
-    _check_common(key, layer)
+    _check_common(key, layer, site)
+    check_tensor("x", x, x.shape if isinstance(x, Tensor) and x.dim() else ["...", "C"], FLOATING)
     check_tensor("row_keys", row_keys, x.shape[:-1], [torch.int32], x.device)
     keep = hidden_keep_mask(key, row_keys, x.shape[-1], p, layer=layer, site=site)
     return (x * keep_scale(p)).masked_fill(~keep, 0)
@@ -163,19 +203,25 @@ def dropout_attention(
     """
     if check_probability("p", p) == 0:
         return probs
-    _check_common(key, layer)
+    _check_common(key, layer, site)
     check_tensor("probs", probs, ["B", "H", "Lq", "Lk"])
     batch, heads, queries, keys = probs.shape
     check_tensor("query_keys", query_keys, [batch, queries], [torch.int32], probs.device)
+    _check_names("key_keys", key_keys)
     expected = [batch, keys] if key_keys.dim() == 2 else [keys]
     check_tensor("key_keys", key_keys, expected, [torch.int32], probs.device)
     keep = attention_keep_mask(key, query_keys, key_keys, heads, p, layer=layer, site=site)
     return (probs * keep_scale(p)).masked_fill(~keep, 0)
 
 
-def _check_common(key: Tensor, layer: int) -> None:
+def _check_common(key: Tensor, layer: int, site: int) -> None:
     check_tensor("key", key, [], [torch.int64])
     check_int("layer", layer, 0, (1 << 29) - 1)
+    check_int("site", site, 0, max(Site))
+
+
+def _check_names(name: str, names: Tensor) -> None:
+    check_tensor(name, names, names.shape if isinstance(names, Tensor) else ["..."], [torch.int32])
 
 
 def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +272,7 @@ def _keep_lanes(
         chunk = [t[part] if t.dim() == len(shape) and t.shape[0] > 1 else t for t in (rows, groups, head)]
         size = (min(step, shape[0] - start), *shape[1:])
         counter = tuple(t.expand(size).contiguous() for t in (*chunk, place))
-        for word, bits in enumerate(philox_4x32_10(counter, key)):
+        for word, bits in enumerate(_rounds(counter, key)):
             torch.ge(bits & (LEVELS - 1), level, out=keep[part][..., 2 * word])
             torch.ge(bits >> 16, level, out=keep[part][..., 2 * word + 1])
     return keep

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2_kernels.checks import check_int
+
 PICTURES = ("pixel_values", "image_features")
 
 
@@ -35,7 +37,8 @@ class CaptionCollator:
 
     Args:
         tokenizer: a BERT-like tokenizer: texts become [CLS] … [SEP].
-        max_text_length: tokens a text at most, [CLS] and [SEP] included; longer ones are cut before [SEP].
+        max_text_length: tokens a text at most, at least 2 ([CLS] and [SEP]); longer ones are cut before
+            [SEP].
         padding: `"longest"` of the batch, or `"max_length"` for static shapes.
         extras: also returns `lengths` (list of int: tokens of each text, on the host), `captions` and
             `indices`, which the model does not take.
@@ -50,8 +53,7 @@ class CaptionCollator:
     def __init__(
         self, tokenizer: Any, max_text_length: int = 32, *, padding: str = "longest", extras: bool = False
     ) -> None:
-        if max_text_length < 2:
-            raise ValueError(f"max_text_length: expected at least 2 ([CLS] and [SEP]), got {max_text_length}")
+        check_int("max_text_length", max_text_length, 2)
         if padding not in ("longest", "max_length"):
             raise ValueError(f"padding: expected 'longest' or 'max_length', got {padding!r}")
         if tokenizer.pad_token_id is None:
@@ -105,10 +107,7 @@ class GenerationCollator:
         encoder_decoder: bool = False,
         extras: bool = False,
     ) -> None:
-        if max_text_length < 2:
-            raise ValueError(
-                f"max_text_length: expected at least 2 (a token and the end), got {max_text_length}"
-            )
+        check_int("max_text_length", max_text_length, 2)
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: expected one with an end-of-sequence token, got none")
         self.tokenizer, self.prompt = tokenizer, prompt.strip()

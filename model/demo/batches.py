@@ -5,7 +5,7 @@ meet.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,22 +41,37 @@ class TwinBatches:
     """Batches of indices in which scenes of the same two things meet: the contrast has to tell them apart by
     the relation alone, and draws them as hard negatives for matching.
 
+    Where asked, scenes that share one thing follow one another too ("a lock left of a rose", "a lock left of
+    a football"): these are what is confused with one another on held-out scenes.
+
     Args:
         groups: of each scene, as `Splits.twins`.
+        nouns: of each scene, as `Scene.nouns`.
         batch_size: scenes a batch; the rest of an epoch is dropped.
         seed: decides the order together with the epoch.
+        sharing: whether scenes that share one thing shall meet in the batch of a step (counted from 0). Those
+            batches are cut from an order of their own: an epoch with both kinds leaves some scenes out and
+            shows some twice.
     """
 
-    def __init__(self, groups: Sequence[int], batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        groups: Sequence[int],
+        nouns: Sequence[tuple[str, ...]],
+        batch_size: int,
+        seed: int = 0,
+        sharing: Callable[[int], bool] = lambda step: False,
+    ) -> None:
         if not 1 <= batch_size <= len(groups):
             raise ValueError(
                 f"batch_size: expected 1 to {len(groups)} (the scenes there are), got {batch_size}"
             )
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.batch_size, self.seed, self.sharing, self.epoch = batch_size, seed, sharing, 0
         members: dict[int, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
         self.groups = list(members.values())
+        self.nouns = [nouns[group[0]] for group in self.groups]
         self.total = len(groups)
 
     def set_epoch(self, epoch: int) -> None:
@@ -67,9 +82,33 @@ class TwinBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = random.Random(f"{self.seed} {self.epoch}")
-        order = [index for group in rng.sample(self.groups, len(self.groups)) for index in group]
+        shuffled = rng.sample(range(len(self.groups)), len(self.groups))
+        orders = [
+            [index for group in groups for index in self.groups[group]]
+            for groups in (shuffled, self._walk(shuffled, rng))
+        ]
         for batch in range(len(self)):
+            order = orders[self.sharing(self.epoch * len(self) + batch)]
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _walk(self, groups: list[int], rng: random.Random) -> list[int]:
+        """The groups in an order in which, where possible, each shares a thing with the one before."""
+        left = dict.fromkeys(groups)
+        of_noun: dict[str, list[int]] = {}
+        for group in groups:
+            for noun in self.nouns[group]:
+                of_noun.setdefault(noun, []).append(group)
+        walk: list[int] = []
+        while left:
+            related = rng.sample(self.nouns[walk[-1]], len(self.nouns[walk[-1]])) if walk else []
+            # Each list is used up from its end, so that the whole walk takes linear time.
+            for candidates in (of_noun[noun] for noun in related):
+                while candidates and candidates[-1] not in left:
+                    candidates.pop()
+            following = next((of_noun[noun].pop() for noun in related if of_noun[noun]), next(iter(left)))
+            del left[following]
+            walk.append(following)
+        return walk
 
 
 def tell(scene: Scene, rng: Any = random) -> str:

@@ -132,6 +132,7 @@ def draw_paths(stages: Mapping[str, Mapping[str, Sequence[float]]], path: Path) 
     looks = (
         {"color": "#b9c4cd", "linewidth": 7, "solid_capstyle": "round"},
         {"color": COLOURS["loss_itc"], "linewidth": 2},
+        {"color": COLOURS["loss_itg"], "linewidth": 2, "linestyle": (0, (1, 1.5))},
         {"color": COLOURS["loss_itm"], "linewidth": 1.4, "linestyle": (0, (3, 2))},
     )
     for axes, (title, curves) in zip(panels[0], stages.items(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import sys
 import time
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..checkpoints import load_checkpoint, load_into
 from ..generation import Blip2ForConditionalGeneration
 from ..progress import ProgressBar, format_duration
+from ..training_state import remove_run
 from ..vision import FeatureCache
 from . import assets, evaluation, figures, recipe, report, ridge, warm_start
 from .batches import PROMPT, Stage2Collate
@@ -90,6 +92,8 @@ def run(
     splits = plan.splits(seed)
     features = encode(splits, cache, plan.encode_batch_size, progress)
 
+    for stage in ("stage1", "stage2"):
+        remove_run(output / stage)
     clock.start("stage1")
     tokenizer = assets.load_text_tokenizer()
     stage1 = assets.load_stage1(plan.num_query_tokens, use_fused=use_fused, seed=seed).to(device)
@@ -330,11 +334,13 @@ def draw_figures(
 
 
 def save_pictures(scenes: Sequence[Scene], folder: Path, size: int = 112) -> list[str]:
-    """Small PNGs of scenes; returns their file names."""
+    """Small PNGs of scenes, each written whole or not at all; returns their file names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{index:02d}.png" for index in range(len(scenes))]
     for scene, name in zip(scenes, names, strict=True):
-        draw(scene).resize((size, size)).quantize(64).save(folder / name, optimize=True)
+        encoded = io.BytesIO()
+        draw(scene).resize((size, size)).quantize(64).save(encoded, "PNG", optimize=True)
+        report.write_bytes(folder / name, encoded.getvalue())
     return names
 
 

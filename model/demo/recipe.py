@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..generation import Blip2ForConditionalGeneration
 from ..pretraining import Blip2ForPreTraining
@@ -37,7 +37,9 @@ class Recipe:
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
         stage1_learning_rate, stage2_learning_rate: peaks.
+        stage1_query_rate: what `QUERIES` learn at in stage 1, as a share of the rest.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
+        stage2_warmup_steps: of the learning rate, and at most half of the steps.
         encode_batch_size: pictures a forward pass of the image encoder.
     """
 
@@ -47,15 +49,17 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 680
+    stage1_steps: int = 720
     stage1_warmup_steps: int = 100
-    stage2_steps: int = 220
+    stage2_steps: int = 300
     prompt_only_steps: int = 50
     stage1_batch_size: int = 32
     stage2_batch_size: int = 32
     stage1_learning_rate: float = 2e-4
+    stage1_query_rate: float = 0.3
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
+    stage2_warmup_steps: int = 20
     encode_batch_size: int = 32
 
     def splits(self, seed: int) -> Splits:
@@ -88,6 +92,18 @@ WORDS = "embeddings.word_embeddings.weight"
 would cost a third of a step."""
 
 
+QUERIES = (
+    "query_tokens",
+    "crossattention.attention.query.",
+    "crossattention.attention.key.",
+    "intermediate_query.",
+    "output_query.",
+)
+"""Parts of parameter names in stage 1: who the queries are, where they look, and the feed-forward of their
+own. Where these learn as fast as the rest, the feed-forward of the first layers often drowns what tells one
+query from another."""
+
+
 @contextlib.contextmanager
 def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
     """Autocast to bfloat16 where that is native (or as told), on the device torch would use."""
@@ -103,6 +119,9 @@ class ContrastFirst:
     alone, and a verdict about them has no slope before both towers know it. The contrast finds it, and then
     the others do within a hundred steps.
 
+    Batches of scenes that share a thing teach the contrast and keep matching from learning: they are for the
+    steps of ITG (`hardens`).
+
     Args:
         longest: ITC is alone for so many steps at most.
         enough: until this share of a batch's images (running mean) fits its own text best. With twins not
@@ -112,6 +131,10 @@ class ContrastFirst:
     def __init__(self, longest: int, enough: float = 0.8) -> None:
         self.longest, self.enough = longest, enough
         self.share, self.alone = 0.0, True
+
+    def hardens(self, step: int) -> bool:
+        """Whether scenes that share a thing shall meet in the batch of a step."""
+        return not self.alone and step % 2 == 0
 
     def __call__(self, model: Any, batch: dict[str, Tensor], step: int) -> Any:
         self.alone = self.alone and step < self.longest and self.share < self.enough
@@ -127,6 +150,26 @@ class ContrastFirst:
 def hold_then_fall(done: int, length: int) -> float:
     """Learning rate as a share of its peak: 1, and over the last two fifths a straight line to 0."""
     return min(1.0, (length - done) / (0.4 * length))
+
+
+def stage1_rates(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """What the parts of stage 1 learn at, as arguments of `train`."""
+    slow = [name for name, _ in model.named_parameters() if any(part in name for part in QUERIES)]
+    return {
+        "learning_rate": recipe.stage1_learning_rate,
+        "learning_rate_multipliers": dict.fromkeys(slow, recipe.stage1_query_rate),
+        "warmup_steps": recipe.stage1_warmup_steps,
+    }
+
+
+def stage2_rates(recipe: Recipe) -> dict[str, Any]:
+    """The same for stage 2."""
+    qformer = ("qformer.", "query_tokens", "ln_vision")
+    return {
+        "learning_rate": recipe.stage2_learning_rate,
+        "learning_rate_multipliers": dict.fromkeys(qformer, recipe.stage2_qformer_rate),
+        "warmup_steps": recipe.stage2_warmup_steps,
+    }
 
 
 def train_stage1(
@@ -149,17 +192,17 @@ def train_stage1(
         scenes, twins: of `Splits`.
     """
     dataset, collate = SceneDataset(features, scenes), Stage1Collate(tokenizer)
+    steps, nouns = ContrastFirst(recipe.contrast_steps), [scene.nouns for scene in scenes]
     model.get_parameter(WORDS).requires_grad_(False)
     return train(
         model,
         dataset,
         collate=collate,
-        batch_sampler=TwinBatches(twins, recipe.stage1_batch_size, seed),
+        batch_sampler=TwinBatches(twins, nouns, recipe.stage1_batch_size, seed, steps.hardens),
         max_steps=recipe.stage1_steps,
-        learning_rate=recipe.stage1_learning_rate,
-        warmup_steps=recipe.stage1_warmup_steps,
+        **stage1_rates(model, recipe),
         schedule=hold_then_fall,
-        step_function=ContrastFirst(recipe.contrast_steps),
+        step_function=steps,
         output_dir=output_dir,
         bf16=has_fast_bf16(),
         seed=seed,
@@ -184,16 +227,15 @@ def train_stage2(
     """Stage 2 (paper section 3.2): caption loss through the frozen language model; trains Q-Former and
     projection.
     """
-    rate = recipe.stage2_qformer_rate
+    rates = stage2_rates(recipe)
+    rates["warmup_steps"] = min(rates["warmup_steps"], steps // 2)
     return train(
         model,
         SceneDataset(features, scenes),
         collate=collate,
         batch_size=recipe.stage2_batch_size,
         max_steps=steps,
-        learning_rate=recipe.stage2_learning_rate,
-        learning_rate_multipliers={"qformer.": rate, "query_tokens": rate, "ln_vision": rate},
-        warmup_steps=min(20, steps // 2),
+        **rates,
         schedule=hold_then_fall,
         output_dir=output_dir,
         bf16=has_fast_bf16(),

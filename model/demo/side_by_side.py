@@ -23,7 +23,7 @@ class Learner:
     """A model that is trained as `train` trains it, one step at a time.
 
     Args:
-        model: trained in place, in fp32.
+        model: trained in place; floating-point arguments get the dtype of its parameters.
         learning_rate: after the warm-up.
         warmup_steps: of a linear warm-up.
         autocast: run the forward pass under autocast to bfloat16.
@@ -40,7 +40,8 @@ class Learner:
         learning_rate_multipliers: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.autocast = model.train(), autocast
-        self.device = next(model.parameters()).device
+        weight = next(p for p in model.parameters() if p.requires_grad)
+        self.device, self.dtype = weight.device, weight.dtype
         groups = parameter_groups(
             model,
             learning_rate=learning_rate,
@@ -53,6 +54,7 @@ class Learner:
 
     def step(self, batch: Mapping[str, Tensor], seed: int) -> tuple[Any, dict[str, float]]:
         """One step; the model's output, and its losses (`loss`, `loss_*`) and `seconds`."""
+        batch = {name: self._in_own_dtype(value) for name, value in batch.items()}
         begin = self._now()
         torch.manual_seed(seed)  # of the dropout key and of what is drawn
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -65,6 +67,10 @@ class Learner:
         seconds = self._now() - begin
         losses = {name: value.item() for name, value in loss_parts(output).items()}
         return output, {**losses, "seconds": seconds}
+
+    def _in_own_dtype(self, value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if floats else value
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -112,16 +118,27 @@ def largest_difference(rows: Rows, reference: Rows, steps: int) -> float:
     return float((abs(ours - theirs) / abs(theirs)).max())
 
 
-def summarise(curves: Mapping[str, Rows], compared: int) -> dict[str, dict[str, Any]]:
-    """Of each learner: its `curve`, `largest_difference` from the first in the `compared` first steps, median
-    `seconds_a_step` and how many `times_as_fast` as the first it is."""
-    first = next(iter(curves))
+def summarise(
+    curves: Mapping[str, Rows], references: Mapping[str, str], compared: int
+) -> dict[str, dict[str, Any]]:
+    """What each learner came to.
+
+    Args:
+        curves: of `train_in_turn`.
+        references: whom a learner is compared with; itself where it is not named.
+        compared: first steps in which losses are.
+
+    Returns:
+        Of each: its `curve`, the `largest_difference` of a loss from the reference's in the first steps,
+        median `seconds_a_step`, and how many `times_as_fast` as the reference it is.
+    """
     seconds = {name: statistics.median(row["seconds"] for row in rows) for name, rows in curves.items()}
+    reference = {name: references.get(name, name) for name in curves}
     return {
         name: {
-            "largest_difference": largest_difference(rows, curves[first], compared),
+            "largest_difference": largest_difference(rows, curves[reference[name]], compared),
             "seconds_a_step": seconds[name],
-            "times_as_fast": seconds[first] / seconds[name],
+            "times_as_fast": seconds[reference[name]] / seconds[name],
             "curve": rows,
         }
         for name, rows in curves.items()

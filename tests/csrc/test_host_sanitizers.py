@@ -14,6 +14,16 @@ OVERRUN = "if (octet * kLanes + lane < width) data[lane] = from_float<T>(given.v
 FAULTS = {
     "a removed barrier": ("cuda_sums.h", BARRIER, BARRIER.replace("    __syncthreads();\n", "")),
     "an overrun": ("octet.h", OVERRUN, OVERRUN.replace("< width", "<= width")),
+    "a barrier removed before sums of lists": (
+        "embed_tokens_cuda.cu",
+        "lane_of_warp] = sum.value[lane];\n  __syncthreads();\n",
+        "lane_of_warp] = sum.value[lane];\n",
+    ),
+    "a list without an end": (
+        "row_sums.h",
+        "return entry < count && (!keys",
+        "return entry <= count && (!keys",
+    ),
     "a shift beyond the word": ("philox.h", "((lane & 1) * 16)", "((lane & 1) * 32)"),
 }
 
@@ -51,7 +61,9 @@ def test_no_case_is_objected_to(build, sanitizer, seed):
     ("sanitizer", "fault", "said"),
     [
         ("thread", "a removed barrier", "data race"),
+        ("thread", "a barrier removed before sums of lists", "data race"),
         ("address", "an overrun", "heap-buffer-overflow"),
+        ("address", "a list without an end", "heap-buffer-overflow"),
         ("undefined", "a shift beyond the word", "shift exponent 32 is too large"),
     ],
 )

@@ -162,11 +162,13 @@ def test_the_comparison_of_both_paths_in_small(tiny, tmp_path, monkeypatch, caps
     results = paths.compare(tmp_path / "out", **options)
     assert json.loads((tmp_path / "out" / "paths.json").read_text()) == results
     assert (tmp_path / "out" / "paths.png").stat().st_size > 1000
-    names = [paths.PLAIN, paths.FUSED, *([paths.FUSED_BF16] if assets.has_fast_bf16() else [])]
+    names = [name for name in paths.VARIANTS if name != paths.FUSED_BF16 or assets.has_fast_bf16()]
     assert [*results["stages"]] == ["stage 1", "stage 2"]
     for stage in results["stages"].values():
         assert [*stage] == names and all(len(path["curve"]) == 3 for path in stage.values())
         assert stage[paths.FUSED]["largest_difference"] <= 1e-3
+        assert stage[paths.FUSED_FP64]["largest_difference"] <= 1e-10
+        assert stage[paths.FUSED_FP64]["curve"] != stage[paths.PLAIN_FP64]["curve"]
         if assets.has_fast_bf16():  # another precision is another curve
             assert stage[paths.FUSED_BF16]["largest_difference"] > stage[paths.FUSED]["largest_difference"]
     table = capsys.readouterr().out
@@ -177,7 +179,7 @@ def test_the_comparison_of_both_paths_in_small(tiny, tmp_path, monkeypatch, caps
     def faulty_copies(*arguments):
         models = copies(*arguments)
         with torch.no_grad():
-            models[paths.FUSED].qformer.layernorm.bias.add_(0.5)
+            models[paths.FUSED_FP64].qformer.layernorm.bias.add_(0.5)
         return models
 
     monkeypatch.setattr(paths, "copies", faulty_copies)
@@ -291,11 +293,19 @@ class Contrast(torch.nn.Module):
 def test_the_contrast_is_alone_until_it_tells_twins_apart(shares, longest, alone):
     """A running mean over ten steps passes 0.8 after 16 right ones, or 9 where it stood at a half."""
     model, steps = Contrast(shares), recipe.ContrastFirst(longest)
+    harder = []
     for step in range(120):
         steps(model, {}, step)
+        harder.append(steps.hardens(step + 1))
     assert model.asked[:alone] == [("itc",)] * alone
     assert set(model.asked[alone:]) == {("itc", "itm"), ("itc", "itg")}
     assert all(
         asked == ("itc", "itm" if step % 2 else "itg")
         for step, asked in enumerate(model.asked[alone:], alone)
+    )
+    # Batches of scenes that share a thing are for generation alone: matching does not learn from them.
+    assert harder[: alone - 1] == [False] * (alone - 1)
+    assert all(
+        hard == ("itg" in asked)
+        for hard, asked in zip(harder[alone:], model.asked[alone + 1 :], strict=False)
     )

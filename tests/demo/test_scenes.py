@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -165,11 +166,11 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"expected pairs \+ 2·held_out <= 4950"):
         make_splits(0, pairs=4900)
     with pytest.raises(ValueError, match="batch_size: expected 1 to 3"):
-        TwinBatches([0, 0, 1], 4)
+        TwinBatches([0, 0, 1], [("cat",), ("cat",), ("dog",)], 4)
 
 
 def test_twins_meet_in_batches_and_epochs_differ(splits):
-    batches = TwinBatches(splits.twins, 64, seed=5)
+    batches = TwinBatches(splits.twins, [scene.nouns for scene in splits.train], 64, seed=5)
     epoch = list(batches)
     assert len(epoch) == len(batches) == 3000 // 64
     seen = [index for batch in epoch for index in batch]
@@ -182,3 +183,25 @@ def test_twins_meet_in_batches_and_epochs_differ(splits):
     assert list(batches) == epoch
     batches.set_epoch(1)
     assert list(batches) != epoch
+
+
+def test_scenes_that_share_a_thing_meet_in_the_batches_for_which_that_is_asked(splits):
+    told = [scene.nouns for scene in splits.train]
+    nouns, asked = [set(names) for names in told], []
+
+    def sharing(step):
+        asked.append(step)
+        return step % 2 == 0
+
+    batches = TwinBatches(splits.twins, told, 64, seed=5, sharing=sharing)
+    each, before = len(batches), TwinBatches(splits.twins, told, 64, seed=5)
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        before.set_epoch(epoch)
+        for step, (batch, usual) in enumerate(zip(batches, before, strict=True), epoch * each):
+            assert len(set(batch)) == 64
+            assert (batch == usual) == bool(step % 2)
+            changes = [(a, b) for a, b in pairwise(batch) if splits.twins[a] != splits.twins[b]]
+            share = sum(bool(nouns[a] & nouns[b]) for a, b in changes) / len(changes)
+            assert share < 0.2 if step % 2 else share > 0.7
+    assert asked == list(range(2 * each))

@@ -155,6 +155,60 @@ def test_hooks_and_adapters_on_linears_are_respected():
     handle.remove()
 
 
+def read(encoder, queries, images):
+    layout = TokenLayout.from_attention_masks(5, samples=4)
+    return encoder(queries, (), layout, AttentionMask(), images, dropout_key=torch.tensor(3)).rows
+
+
+def test_images_of_another_model_are_refused():
+    """Of equal sizes too; those of another encoder over the same model are its own."""
+    model, twin = qformer(), qformer()
+    queries, _, features = inputs()
+    images = FusedEncoder(model).project_images(features)
+    assert torch.equal(read(FusedEncoder(model), queries, images), read(FusedEncoder(model), queries, images))
+    with pytest.raises(ValueError, match="images: expected what this Q-Former projected"):
+        read(FusedEncoder(twin), queries, images)
+
+
+@pytest.mark.parametrize("query_rows", [None, 1], ids=["projected", "absorbed"])
+@torch.no_grad()
+def test_images_projected_without_dropout_are_refused_where_it_is_on(query_rows):
+    """Their value bias, or all of them, would go past the dropped probabilities."""
+    model = qformer(attention_probs_dropout_prob=0.3)
+    queries, _, features = inputs()
+    encoder = FusedEncoder(model)
+    images = encoder.project_images(features.repeat(1, 30, 1), query_rows=query_rows)
+    assert images.absorbed == (query_rows is not None)
+    read(encoder, queries, images)
+    model.train()
+    with pytest.raises(ValueError, match="images: expected images that were projected in training mode"):
+        read(encoder, queries, images)
+    images = encoder.project_images(features.repeat(1, 30, 1), query_rows=query_rows)
+    assert not images.absorbed
+    read(encoder, queries, images)
+    model.eval()
+    read(encoder, queries, images)
+
+
+@pytest.mark.parametrize("trained", ["weights", "norm", "features", "nothing"])
+def test_images_projected_without_gradients_are_refused_where_one_would_be_lost(trained):
+    model, norm = qformer(), torch.nn.LayerNorm(10).double()
+    queries, _, features = inputs()
+    model.requires_grad_(trained == "weights")
+    norm.requires_grad_(trained == "norm")
+    features.requires_grad_(trained == "features")
+    encoder = FusedEncoder(model)
+    with torch.no_grad():
+        images = encoder.project_images(features, norm=norm)
+        read(encoder, queries, images)
+    if trained == "nothing":
+        read(encoder, queries.requires_grad_(), images).sum().backward()
+        assert queries.grad is not None
+        return
+    with pytest.raises(ValueError, match=r"images: .* got some that were projected under torch.no_grad"):
+        read(encoder, queries, images)
+
+
 def test_bad_input():
     model = qformer()
     queries, text, features = inputs()
@@ -198,6 +252,16 @@ def test_bad_input():
             "queries: expected None for a layout without",
         ),
         (
+            lambda: encoder(None, [packed], alone, AttentionMask((U,)), images),
+            ValueError,
+            "images: expected None for a layout without",
+        ),
+        (
+            lambda: encoder(None, [packed], alone, AttentionMask((U,)), None, torch.zeros(4).int()),
+            ValueError,
+            "image_index: expected None for a layout without",
+        ),
+        (
             lambda: encoder(queries, [packed], joint, AttentionMask((B,)), images, keep_texts=("some",)),
             ValueError,
             "texts[0]: expected 'all', 'first', 'last' or 'none', got 'some'",
@@ -206,7 +270,7 @@ def test_bad_input():
         (
             lambda: encoder(queries, (), layout, mask, other),
             ValueError,
-            "images: expected those of a Q-Former with 3 layers, got 2",
+            "images: expected what this Q-Former projected, got what another one did",
         ),
         (lambda: project(features[0]), ValueError, "encoder_hidden_states: expected [images, tok"),
         (

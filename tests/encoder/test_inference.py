@@ -43,6 +43,15 @@ CHANGES = {
 }
 
 
+REPLACEMENTS = {
+    "assigned parameters": lambda key: setattr(key, "weight", nn.Parameter(torch.randn_like(key.weight))),
+    "assigned state dicts": lambda key: key.load_state_dict(
+        {name: torch.randn_like(value) for name, value in key.state_dict().items()}, assign=True
+    ),
+    "assigned data": lambda key: setattr(key.weight, "data", torch.randn_like(key.weight)),
+}
+
+
 def step(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -64,6 +73,22 @@ def test_weights_that_change_behind_prepare_inference_are_noticed(change):
     after = read(encoder, image_norm, queries, features)
     assert not torch.allclose(after, before, atol=1e-4)
     assert torch.equal(after, read(FusedEncoder(model), image_norm, queries, features))
+
+
+@pytest.mark.parametrize("change", REPLACEMENTS)
+@torch.no_grad()
+def test_weights_replaced_twice_are_noticed_though_memory_is_used_again(change):
+    """The second replacement often lands where the first weights lay."""
+    model, image_norm = qformer(), norm()
+    queries, _, features = inputs()
+    encoder = FusedEncoder(model).prepare_inference()
+    key = model.encoder.layer[0].crossattention.attention.key
+    for _ in range(30):
+        read(encoder, image_norm, queries, features)
+        for _ in range(2):
+            REPLACEMENTS[change](key)
+        got = read(encoder, image_norm, queries, features)
+        assert torch.equal(got, read(FusedEncoder(model), image_norm, queries, features))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@
 #include "add_layer_norm.h"
 #include "bias_gelu.h"
 #include "cuda_on_host.h"
+#include "embed_tokens.h"
 
 using namespace blip2_kernels;
 
@@ -81,6 +82,43 @@ void bias_gelu_case(int64_t rows, int64_t width, int64_t gap, bool biased) {
       {common, grad.get(), stride, dx.get(), biased ? dbias.get() : nullptr, partials.get(), parts}, nullptr));
 }
 
+template <class T>
+void embed_tokens_case(int64_t query_rows, int64_t text_rows, int64_t width, int64_t gap, bool drops, bool embedded) {
+  const int64_t rows = query_rows + text_rows, stride = width + gap, table = text_rows + 1;
+  Buffer<T> queries(query_rows * width), words(text_rows * stride + width), positions(table * width);
+  Buffer<T> weight(width), bias(width), out(rows * width), grad(rows * width);
+  Buffer<T> dqueries(query_rows * width), dwords(table * width), dpositions(table * width);
+  Buffer<T> dweight(width), dbias(width);
+  Buffer<float> mean(rows), rstd(rows), dhidden(rows * width), partials(rows * kEmbedSums * width);
+  Buffer<int64_t> key(1), ids(text_rows), places(text_rows), order(text_rows);
+  Buffer<int32_t> row_keys(rows), errors(1);
+  for (int64_t i = 0; i < text_rows; ++i) {
+    ids.get()[i] = text_rows - draw(0, 1) * i;  // sorted from behind
+    places.get()[i] = i;
+  }
+  std::sort(ids.get(), ids.get() + text_rows);
+  for (int64_t i = 0; i < text_rows; ++i) order.get()[i] = i;
+  EmbedTokens common{format_of<T>(), rows, width, query_rows, {queries.get(), width, query_rows},
+                     {words.get(), stride, table}, {positions.get(), width, table}, ids.get(), places.get(),
+                     weight.get(), {}};
+  if (embedded) common.positions = {nullptr, 0, 0}, common.token_ids = common.position_ids = nullptr;
+  if (drops) common.dropout = {6554, 1.111f, 13, key.get(), row_keys.get()};
+  check(embed_tokens_forward_cuda(
+      {common, bias.get(), 1e-5f, out.get(), mean.get(), rstd.get(), errors.get()}, nullptr));
+  const float* text = dhidden.get() + query_rows * width;
+  RowLists for_queries{dhidden.get(), query_rows, width, nullptr, nullptr, -1, query_rows, dqueries.get()};
+  RowLists for_words{text, text_rows, width, ids.get(), order.get(), 0, table, dwords.get()};
+  RowLists for_positions{text, text_rows, width, places.get(), order.get(), -1, table, dpositions.get()};
+  if (embedded) {
+    for_words = {text, text_rows, width, nullptr, nullptr, -1, text_rows, dwords.get()};
+    for_positions.out = nullptr;
+  }
+  check(embed_tokens_backward_cuda(
+      {common, grad.get(), width, mean.get(), rstd.get(), dhidden.get(), partials.get(), rows,
+       {dweight.get(), dbias.get()}, for_queries, for_words, for_positions},
+      nullptr));
+}
+
 template <class X, class T>
 void one_case(int64_t rows, int64_t width) {
   const int64_t gap = draw(0, 2) * 4;
@@ -89,6 +127,7 @@ void one_case(int64_t rows, int64_t width) {
   fflush(stdout);
   add_layer_norm_case<X, T>(rows, width, gap, drops, biased);
   bias_gelu_case<X, T>(rows, width, gap, biased);
+  embed_tokens_case<T>(1, rows, width, gap, drops, !biased);
 }
 
 }  // namespace

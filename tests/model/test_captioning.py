@@ -235,7 +235,9 @@ REFUSED = {
     "cache": ({"use_cache": 1}, TypeError, "use_cache: expected a bool, got int 1"),
     "prompt batch": ({"prompt_ids": torch.ones(2, 1).long()}, ValueError, "prompt_ids: expected .3 or 1"),
     "prompt kind": ({"prompt_ids": torch.ones(3, 1)}, TypeError, "prompt_ids: expected int64 or int32"),
+    "prompt ids": ({"prompt_ids": torch.tensor([[999]])}, ValueError, r"^prompt_ids: .* got 999"),
     "prompt mask": ({"prompt_mask": torch.ones(3, 1)}, ValueError, "prompt_mask: expected prompt_ids"),
+    "sampling": ({"temperature": 0.5}, ValueError, "^temperature: expected None without do_sample=True"),
     "typo": ({"top_pp": 0.3}, ValueError, "top_pp"),
 }
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, inject_adapter_in_model
-from pretraining_cases import small_batch, small_model, some_negatives
+from pretraining_cases import QUERIES, small_batch, small_model, some_negatives
 from test_savings import assert_same_step, step
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
 
 from blip2_kernels.encoder import Saving, Workload
+from blip2_kernels.layout import TokenLayout
+from blip2_kernels.mask import AttentionMask
 from blip2_kernels.model.qformer_layers import QFormerLayer
 
 
@@ -156,6 +158,10 @@ CHANGES = {
     ),
     "wrapped image keys": (lambda m: replace(cross(m), "key", Wrapped), "its image key is a Wrapped"),
     "wrapped image values": (lambda m: replace(cross(m), "value", Wrapped), "its image value is a Wrapped"),
+    "a wrapped query of the first layer": (
+        lambda m: replace(layer(m, 0).attention.attention, "query", Wrapped),
+        None,
+    ),
     "a wrapped projection": (lambda m: replace(layer(m).attention.attention, "value", Wrapped), None),
     "another class of weights": (
         lambda m: replace(cross(m), "value", doubling),
@@ -223,6 +229,78 @@ def test_so_is_what_is_inferred(change):
     expected = model.encode_image(features)
     model.use_fused = True
     torch.testing.assert_close(model.encode_image(features), expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_dropout_without_gradients_is_the_plain_path_s():
+    """Of attention too, where the absorbed form would be the cheaper one."""
+    model, inputs = case(0.3)
+    features = inputs["image_features"].repeat(1, 40, 1)
+
+    def read() -> torch.Tensor:
+        torch.manual_seed(2)
+        return model.encode_image(features)
+
+    expected = read()
+    model.use_fused = True
+    torch.testing.assert_close(read(), expected, rtol=0, atol=1e-10)
+
+
+BAD_IMAGE_INDEX = {
+    "negative": (
+        torch.tensor([0, 1, 2, -1]).int(),
+        ValueError,
+        "with values in [0, 3), got values in [-1, 2]",
+    ),
+    "past the last": (torch.tensor([0, 1, 2, 3]).int(), ValueError, "with values in [0, 3), got"),
+    "int64": (torch.tensor([0, 1, 2, 2]), TypeError, "expected int32 [4]"),
+    "too long": (torch.tensor([0, 1, 2, 2, 1]).int(), ValueError, "expected int32 [4], got int32 [5]"),
+    "missing": (None, ValueError, "expected int32 [4] where 4 samples meet 3 images, got None"),
+}
+
+
+@pytest.mark.parametrize("images", [3, 1])
+@pytest.mark.parametrize("bad", BAD_IMAGE_INDEX)
+@pytest.mark.parametrize("whole", [False, True], ids=["stock layers", "layers called whole"])
+@torch.no_grad()
+def test_an_image_index_that_does_not_fit_is_refused_by_every_kind_of_layer(bad, images, whole):
+    """A layer that is called whole picks images by indexing, which takes -1 for the last one."""
+    model, inputs = case()
+    for part in model.qformer.encoder.layer if whole else ():
+        part.register_forward_hook(lambda *_: None)
+    encoder = model.qformer.fused_encoder
+    layout = TokenLayout.from_attention_masks(QUERIES, samples=4)
+    projected = encoder.project_images(inputs["image_features"][:images], norm=model.ln_vision)
+    index, error, words = BAD_IMAGE_INDEX[bad]
+    words = words.replace("[0, 3)", f"[0, {images})").replace("3 images", f"{images} images")
+    with pytest.raises(error) as caught:
+        encoder(model.query_tokens, (), layout, AttentionMask(), projected, index)
+    assert str(caught.value).startswith("image_index: ") and words in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@torch.no_grad()
+def test_linear_layers_quantised_dynamically():
+    """They have no parameters, and `weight` is a method."""
+    model, inputs = case()
+    model = torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
+    images = inputs["image_features"].float()
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def everything() -> list[torch.Tensor]:
+        joint = model.get_multimodal_features(**texts, image_features=images)
+        return [model.encode_image(images), model.get_text_features(**texts), joint]
+
+    expected = everything()
+    model.use_fused = True
+    encoder = model.qformer.fused_encoder
+    for _ in range(2):
+        for got, truth in zip(everything(), expected, strict=True):
+            # Activations are rounded to 8 bits by the range of all rows, padding included.
+            torch.testing.assert_close(got, truth, rtol=0, atol=0.05 * float(truth.abs().max()))
+        encoder.prepare_inference()
+    explained = encoder.explain(Workload(4, 3, images=4, image_tokens=5))
+    assert "its image key is a Linear" in explained
 
 
 def test_a_layer_that_is_called_whole_needs_somebody_to_call_it():

@@ -380,3 +380,9 @@ def test_latest_checkpoint_counts_by_number_and_ignores_what_is_incomplete(tmp_p
     (tmp_path / "step-100" / "config.json").write_text("{}")
     assert latest_checkpoint(tmp_path) == tmp_path / "step-100"
     assert latest_checkpoint(tmp_path, verify=True) == tmp_path / "step-20"
+
+
+def test_no_device_is_named(tmp_path):
+    save_checkpoint(tmp_path / "a", {"x": torch.ones(1)}, config={})
+    with pytest.raises(ValueError, match=r"^device: expected a torch device, got 'gpu'"):
+        load_checkpoint(tmp_path / "a", device="gpu")

@@ -13,24 +13,36 @@ import torch
 
 for needed in ("typer", "rich", "accelerate", "PIL"):
     pytest.importorskip(needed)
+from broken_pictures import BROKEN  # noqa: E402
 from PIL import Image  # noqa: E402
 from processes import clean_environment  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from blip2_kernels.mask import MaskMode  # noqa: E402
 from blip2_kernels.model import cli  # noqa: E402
 from blip2_kernels.model.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from blip2_kernels.model.from_bert import LAYER_NAMES, read_bert, start_from_bert  # noqa: E402
-from blip2_kernels.model.pipeline import build_stage1, load_tokenizer, load_trained, load_vision  # noqa: E402
+from blip2_kernels.model.pipeline import (  # noqa: E402
+    build_stage1,
+    load_language_model,
+    load_tokenizer,
+    load_trained,
+    load_vision,
+)
 from blip2_kernels.model.training_state import read_history  # noqa: E402
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
@@ -174,7 +186,7 @@ def test_resume_goes_on_and_init_starts_from_a_checkpoint(stage1, parts, tmp_pat
     run(*begin, "--steps", 2, *options, capsys=capsys)
     assert read_history(output)[0]["loss"] < read_history(stage1)[0]["loss"] - 0.5
     _, err = run(*begin, "--steps", 4, *options, code=1, capsys=capsys)
-    assert "output: expected a folder without checkpoints (or --resume)" in err
+    assert "output_dir: expected a folder without checkpoints (or resume_from, --resume)" in err
     out, _ = run(*begin, "--steps", 4, "--resume", *options, capsys=capsys)
     assert out.strip().endswith("checkpoint-4")
     assert [row["step"] for row in read_history(output)] == [1, 2, 3, 4]
@@ -186,6 +198,22 @@ def test_broken_images_are_named_and_the_rest_is_done(stage1, parts, tmp_path, c
     out, err = run("caption", stage1, broken, parts / "red.png", "--device", "cpu", code=1, capsys=capsys)
     assert out.startswith(f"{parts / 'red.png'}\t") and len(out.splitlines()) == 1
     assert "1 of 2 images cannot be decoded" in err and str(broken) in err
+
+
+@BROKEN
+def test_a_picture_no_decoder_can_read_stops_neither_captions_nor_scores(
+    stage1, parts, tmp_path, capsys, broken, suffix, error
+):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(broken())
+    out, err = run("caption", stage1, path, parts / "red.png", "--device", "cpu", code=1, capsys=capsys)
+    assert out.startswith(f"{parts / 'red.png'}\t") and "1 of 2 images cannot be decoded" in err
+    lines = [
+        json.dumps({"image": str(image), "caption": "a red picture"}) for image in (path, parts / "red.png")
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    out, _ = run("score", stage1, tmp_path / "m.jsonl", "--device", "cpu", capsys=capsys)
+    assert json.loads(out)["images"] == 1 and str(path) in json.loads(out)["skipped"][0]
 
 
 ONE = "train stage1 {parts}/manifest.jsonl -o {tmp} "
@@ -219,6 +247,32 @@ def test_errors_are_one_line_and_exit_code_1(parts, tmp_path, capsys, arguments,
     assert "Traceback" not in err
     with pytest.raises((ValueError, OSError), match=message.replace("(", r"\(").split("'")[0]):
         cli.main([*filled, "--debug"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--seed -1", "--seed 99999999999999999999", "--steps 0", "--batch-size 0", "--warmup -1",
+        "--accumulate 0", "--workers -1", "--save-every 0", "--num-query-tokens 2000", "--max-text-length 1",
+        "--embedding-width 0",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_name_their_option(parts, tmp_path, capsys, option):
+    filled = f"{BOTH} {option}".format(parts=parts, tmp=tmp_path / "run").split()
+    _, err = run(*filled, code=2, capsys=capsys)
+    assert option.split()[0] in err and not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_nothing(parts, tmp_path, capsys):
+    (tmp_path / "q.json").write_text('{"use_qformer_text_input": false}')
+    begin = BOTH.format(parts=parts, tmp=tmp_path / "run").split()
+    small = ["--num-query-tokens", 2, "--batch-size", 4, "--steps", 1, "--device", "cpu"]
+    _, err = run(*begin, *small, "--qformer-config", tmp_path / "q.json", code=1, capsys=capsys)
+    assert "qformer.use_qformer_text_input: expected True, since stage 1 reads text, got False" in err
+    for option, message in ((("--beta2", 2), "betas: "), (("--learning-rate", "nan"), "learning_rate: ")):
+        _, err = run(*begin, *small, *option, code=1, capsys=capsys)
+        assert message in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_options_and_help(capsys):
@@ -372,3 +426,60 @@ def test_a_checkpoint_is_refused_when_what_is_around_it_changed(stage1, parts, t
     save_checkpoint(tmp_path / "c", missing, config=checkpoint.config)
     with pytest.raises(ValueError, match="does not fit the trainable parameters: missing"):
         load_trained(tmp_path / "c")
+
+
+def load_opt(folder: Path):
+    return load_language_model(folder)
+
+
+def load_clip(folder: Path):
+    return load_vision({"name": folder})
+
+
+def load_demo_opt(folder: Path):
+    from blip2_kernels.model.demo import assets
+
+    here = folder.parent / "cache" / "smollm2-135m-instruct"
+    shutil.copytree(folder, here)
+    (here / "complete.json").write_text("{}")
+    return assets.load_language_model(folder.parent / "cache")
+
+
+@pytest.mark.parametrize(
+    ("part", "load", "name"),
+    [
+        ("opt", load_opt, "language model: "),
+        ("opt", load_demo_opt, "language model: "),
+        ("vision", load_clip, "vision: "),
+    ],
+)
+def test_missing_and_misshapen_weights_are_named_not_drawn(parts, tmp_path, part, load, name):
+    folder = tmp_path / part
+    shutil.copytree(parts / part, folder)
+    state = load_file(folder / "model.safetensors")
+    lost = [key for key in state if "layers.0" in key and key.endswith("weight")][:2]
+    bent = next(key for key in state if "layers.0" in key and key.endswith("bias"))
+    kept = {key: value for key, value in state.items() if key not in lost}
+    save_file({**kept, bent: torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=name) as raised:
+        load(folder)
+    for key in lost:
+        assert f"missing {key}" in str(raised.value)
+    assert f"{bent} expected {list(state[bent].shape)}, got [3]" in str(raised.value)
+    assert str(raised.value).count("missing ") == 2
+
+
+SMALL_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+
+
+def test_an_encoder_is_read_from_a_dual_model_and_from_a_classifier(tmp_path):
+    small_text = {**SMALL_VISION, "vocab_size": 20}
+    CLIPModel(CLIPConfig(text_config=small_text, vision_config=SMALL_VISION)).save_pretrained(tmp_path / "a")
+    assert load_vision({"name": tmp_path / "a"}).num_tokens == 5
+    # A classifier has no pooler, which would be drawn anew, and be another encoder, at every loading.
+    ViTForImageClassification(ViTConfig(**SMALL_VISION)).save_pretrained(tmp_path / "b")
+    first, second = load_vision({"name": tmp_path / "b"}), load_vision({"name": tmp_path / "b"})
+    assert first.fingerprint() == second.fingerprint() and first.width == 16

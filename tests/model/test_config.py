@@ -42,7 +42,8 @@ def test_a_transformers_config_gives_qformer_queries_and_width():
     [
         ({"qformer": InstructBlipQFormerConfig()}, TypeError, "qformer: expected a Blip2QFormerConfig, got"),
         ({"qformer": Blip2QFormerConfig()}, ValueError, "qformer.use_qformer_text_input: expected True"),
-        ({"num_query_tokens": 0}, ValueError, "num_query_tokens: expected an int >= 1, got 0"),
+        ({"num_query_tokens": 0}, ValueError, r"num_query_tokens: expected an int in \[1, 1024\], got 0"),
+        ({"num_query_tokens": 1025}, ValueError, r"num_query_tokens: .* in \[1, 1024\], got 1025"),
         ({"max_text_length": 17}, ValueError, r"max_text_length: expected an int in \[2, 16\], got 17"),
         ({"sep_token_id": VOCABULARY}, ValueError, r"sep_token_id: .*\[0, 36\], got 37"),
         ({"sep_token_id": 1}, ValueError, r"expected distinct tokens, got \[0, 1, 1, 36\]"),

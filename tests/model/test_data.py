@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 pytest.importorskip("PIL")
+from broken_pictures import BROKEN
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -143,6 +144,23 @@ def test_refuses_manifests(tmp_path, name, content, message):
         read_manifest(tmp_path / name)
 
 
+def test_entries_that_trip_the_reader_are_faults_like_any_other(tmp_path):
+    picture(tmp_path / "a.png")
+    lines = [
+        '{"image": "a.png", "caption": "x"}',
+        "[" * 100_000,
+        json.dumps({"image": "b" * 999, "caption": "x"}),
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    manifest = read_manifest(tmp_path / "m.jsonl", on_fault="skip")
+    assert len(manifest.images) == 1 and [fault[:7] for fault in manifest.faults] == ["line 2:", "line 3:"]
+    with pytest.raises(ValueError, match="2 faulty entries"):
+        read_manifest(tmp_path / "m.jsonl")
+    (tmp_path / "m.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not JSON"):
+        read_manifest(tmp_path / "m.json", on_fault="skip")
+
+
 def test_refuses_folders_without_captions_and_what_is_not_there(tmp_path):
     picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("\n")
@@ -260,6 +278,32 @@ def test_broken_images_are_named_counted_and_passed_over(tmp_path, caplog):
     assert (
         dataset.summary().startswith("6 images, 12 captions; 4 skipped: ") and "bomb.png" in dataset.summary()
     )
+
+
+@BROKEN
+def test_whatever_the_decoder_trips_over_is_a_broken_image(tmp_path, broken, suffix, error):
+    data = broken()
+    with pytest.raises(error), Image.open(io.BytesIO(data)) as image:
+        image.load()
+    for source in (data, tmp_path / f"broken.{suffix}"):
+        (tmp_path / f"broken.{suffix}").write_bytes(data)
+        with pytest.raises(OSError, match="cannot decode image: "):
+            open_image(source)
+    picture(tmp_path / "good.png", (255, 0, 0))
+    entries = [{"image": name, "caption": name} for name in (f"broken.{suffix}", "good.png")]
+    manifest = read_manifest(write_lines(tmp_path / "m.jsonl", entries))
+    dataset = ImageTextDataset(manifest, preprocess=ImagePreprocessing(6))
+    assert dataset[0]["caption"] == "good.png" and dataset.skipped == [tmp_path / f"broken.{suffix}"]
+
+
+@pytest.mark.parametrize("error", [ImportError, MemoryError])
+def test_what_is_not_the_file_s_fault_is_no_broken_image(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("not the file's fault")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(error, match="not the file's fault"):
+        open_image(picture(tmp_path / "good.png"))
 
 
 def test_what_stands_in_does_not_depend_on_what_was_read_before(tmp_path):
@@ -381,7 +425,7 @@ def test_generation_collator_joins_prompt_and_caption():
 
 def test_collators_refuse():
     words = tokenizer()
-    with pytest.raises(ValueError, match="max_text_length: expected at least 2"):
+    with pytest.raises(ValueError, match="max_text_length: expected an int >= 2"):
         CaptionCollator(words, 1)
     with pytest.raises(ValueError, match="padding: expected 'longest' or 'max_length', got 'max'"):
         CaptionCollator(words, padding="max")

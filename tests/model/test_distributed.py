@@ -222,6 +222,40 @@ def test_ranks_with_unequal_batches_are_told_so(on_ranks):
         assert messages[1] == "input_ids: expected one shape on all ranks, got [[2, 7], [2, 8]]"
 
 
+def unlike_arguments(rank: int, use_fused: bool) -> list[str]:
+    """What arguments that only one rank has, or has otherwise, raise on this rank."""
+    ids, negatives = torch.arange(BATCH), some_negatives(BATCH, WORLD, rank)
+    batch = small_batch(BATCH)
+    on_one = [
+        {"image_ids": ids},
+        {"image_ids": ids.int()},
+        {"negatives": negatives},
+        {"losses": ("itc",)},
+        {"input_ids": batch["input_ids"].int()},
+    ]
+    on_other = [{}, {"image_ids": ids}, {}, {"losses": ("itc", "itg")}, {}]
+    messages = []
+    for arguments in (on_one, on_other)[rank]:
+        try:
+            small_model(use_fused=use_fused)(**{**batch, **arguments})
+            messages.append("went on")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
+def test_ranks_with_unlike_arguments_are_told_so(on_ranks, use_fused):
+    for messages in on_ranks(unlike_arguments, use_fused):
+        assert messages == [
+            "image_ids: expected the same on all ranks, got ['torch.int64', 'None']",
+            "image_ids: expected the same on all ranks, got ['torch.int32', 'torch.int64']",
+            "negatives: expected the same on all ranks, got ['given', 'drawn']",
+            "losses (itg): expected the same on all ranks, got ['False', 'True']",
+            "input_ids: expected the same on all ranks, got ['torch.int32', 'torch.int64']",
+        ]
+
+
 def gathers(rank: int) -> dict[str, Any]:
     x = torch.full((2, 3), float(rank + 1), requires_grad=True)
     every = distributed.all_gather_with_grad(x)
@@ -251,4 +285,4 @@ def test_without_a_process_group_everything_is_the_identity():
     assert (distributed.get_rank(), distributed.get_world_size()) == (0, 1)
     assert distributed.all_gather(x) is x and distributed.all_gather_with_grad(x) is x
     assert distributed.global_sum(x) is x
-    distributed.check_same_shapes({"x": x})
+    distributed.check_same_batch({"x": x}, {"y": ("a", ("a", "b"))})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from blip2_kernels.model import evaluate
 from blip2_kernels.model.evaluate import (
     chance_recall_at,
     choice_accuracy,
@@ -167,4 +168,59 @@ def test_content_of_captions():
 )
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+SCORES, RIGHT = torch.rand(3, 3), torch.eye(3, dtype=torch.bool)
+BAD = {
+    "listed scores": (
+        lambda: evaluate.ranks([[1.0]], RIGHT),
+        TypeError,
+        "^scores: expected a tensor, got list",
+    ),
+    "listed positives": (lambda: evaluate.ranks(SCORES, [[1]]), TypeError, "^positives: expected a tensor"),
+    "k 0": (lambda: evaluate.recall_at(SCORES, RIGHT, (0,)), ValueError, "^ks: expected an int >= 1, got 0"),
+    "k -1": (
+        lambda: evaluate.chance_recall_at(RIGHT, (-1,)),
+        ValueError,
+        "^ks: expected an int >= 1, got -1",
+    ),
+    "one k": (
+        lambda: evaluate.retrieval_metrics(SCORES, ks=5),
+        TypeError,
+        "^ks: expected a sequence of ints",
+    ),
+    "choice -1": (
+        lambda: evaluate.choice_accuracy(SCORES, torch.tensor([-1, 0, 0])),
+        ValueError,
+        r"^correct: expected values in \[0, 3\), got -1",
+    ),
+    "NaN logits": (
+        lambda: evaluate.matching_accuracy(torch.full((2, 2), math.nan), torch.tensor([0, 1])),
+        ValueError,
+        "^logits: expected numbers, got NaN in 2 rows",
+    ),
+    "choices of another length": (
+        lambda: evaluate.choice_accuracy(SCORES, torch.tensor([0, 0])),
+        ValueError,
+        r"^correct: expected an int or integers \[3\], got int64 \[2\]",
+    ),
+    "label 7": (
+        lambda: evaluate.token_loss(SCORES[None], torch.tensor([[0, 7, -100]])),
+        ValueError,
+        r"^labels: expected -100 or values in \[0, 3\), got 7",
+    ),
+    "soft positives": (lambda: evaluate.chance_recall_at(SCORES), ValueError, "^positives: expected bool"),
+    "listed labels": (
+        lambda: evaluate.token_loss(SCORES[None], [1]),
+        TypeError,
+        "^labels: expected a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
         call()

@@ -147,3 +147,20 @@ def test_a_pass_with_a_saving_less_would_be_noticed():
     assert stage1_closed_form(model, 2, 257) < limit
     model.qformer.fused_encoder.force(project_once=False)
     assert stage1_closed_form(model, 2, 257) > limit
+
+
+def test_a_fifth_pass_that_is_run_would_be_noticed():
+    """The canary of the counter: a pass over the texts that nobody reads, and the closed form is exceeded."""
+    model = build(**SMALL)
+    expected = stage1_closed_form(model, 3, 11)
+    step, inputs = stage1_step(model, 3, 11), batch(model, 3, 11)
+
+    def with_a_fifth_pass() -> None:
+        step()
+        model.text_hidden(inputs["input_ids"], inputs["attention_mask"])
+
+    found = counted(with_a_fifth_pass)
+    architecture, rows = model.qformer.fused_encoder.architecture, 3 * WORDS
+    projections = 4 * architecture.hidden**2 + 2 * architecture.hidden * SMALL["intermediate_size"]
+    # At least what its first two layers multiply; of the last one a row a text is kept.
+    assert found - expected >= 2 * 2 * rows * projections

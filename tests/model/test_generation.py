@@ -15,6 +15,7 @@ from transformers import (
     Blip2VisionConfig,
     Blip2VisionModel,
     Gemma2Config,
+    GenerationConfig,
     InstructBlipConfig,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
@@ -645,6 +646,7 @@ def test_config_round_trip():
 
 IDS, MASK = torch.tensor([[4, 9, 33], [5, 8, 2]]), torch.ones(2, 3, dtype=torch.int64)
 IMAGES = torch.zeros(2, 4, WIDTH)
+LONG = torch.full((2, 41), 7)
 
 
 def with_vision():
@@ -691,7 +693,7 @@ def with_vision():
             "opt",
             dict(image_features=IMAGES, image_mask=torch.full((2, 4), 2)),
             ValueError,
-            "encoder_attention_mask: expected only 0 and 1, got 2",
+            "^image_mask: expected only 0 and 1, got 2",
         ),
         (
             "opt",
@@ -837,6 +839,47 @@ def with_vision():
             ValueError,
             r"decoder_attention_mask: expected .*\[2, 3\], got int64 \[2, 2\]",
         ),
+        (
+            "bart",
+            dict(image_features=IMAGES, labels=LONG),
+            ValueError,
+            r"^labels: expected at most 40 tokens for the decoder \(its position table\), got 41",
+        ),
+        (
+            "bart",
+            dict(image_features=IMAGES, decoder_input_ids=LONG),
+            ValueError,
+            r"^decoder_input_ids: expected at most 40 tokens for the decoder .*got 41",
+        ),
+        (
+            "bart",
+            dict(
+                image_features=IMAGES,
+                input_ids=LONG,
+                attention_mask=None,
+                prompt_lengths=torch.tensor([5, 0]),
+            ),
+            ValueError,
+            r"^prompt_lengths: expected at most 40 tokens for the decoder .*got 41",
+        ),
+        (
+            "t5",
+            dict(image_features=IMAGES, decoder_input_ids=IDS + VOCABULARY),
+            ValueError,
+            r"^decoder_input_ids: expected values in \[0, 61\), got 94",
+        ),
+        (
+            "t5",
+            dict(image_features=IMAGES, labels=IDS, decoder_input_ids=IDS - 9),
+            ValueError,
+            r"^decoder_input_ids: expected values in \[0, 61\), got -7",
+        ),
+        (
+            "opt",
+            dict(image_features=IMAGES, image_mask=torch.ones(2, 5)),
+            ValueError,
+            r"^image_mask: expected .*\[2, 4\], got float32 \[2, 5\]",
+        ),
     ],
 )
 def test_forward_refuses(name, arguments, error, message, use_fused):
@@ -865,11 +908,76 @@ def test_forward_refuses(name, arguments, error, message, use_fused):
             "inputs_embeds",
         ),
         (dict(image_features=IMAGES, input_ids=IDS, max_new_token=3), ValueError, "max_new_token"),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, max_new_tokens=34),
+            ValueError,
+            r"^max_new_tokens: expected at most 33 behind 8 rows of soft prompt and text .*40\), got 34",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, generation_config=GenerationConfig(max_new_tokens=99)),
+            ValueError,
+            "^max_new_tokens: expected at most 33 behind 8 rows .* got 99",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, max_length=42),
+            ValueError,
+            "^max_length: expected at most 41 behind 8 rows .* got 42",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, num_beams=0),
+            ValueError,
+            "^num_beams: expected an int >= 1, got 0",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, top_p=0.9),
+            ValueError,
+            r"^top_p: expected None without do_sample=True, got float 0\.9",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, max_new_tokens=0),
+            ValueError,
+            "^max_new_tokens: expected an int >= 1, got 0",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, max_new_tokens="9"),
+            TypeError,
+            "^max_new_tokens: expected an int >= 1, got str '9'",
+        ),
     ],
 )
 def test_generate_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         stage2("opt").generate(**arguments)
+
+
+def test_generate_fills_the_position_table_and_no_more():
+    model = stage2("opt")
+    options = dict(image_features=IMAGES, do_sample=False, eos_token_id=None, pad_token_id=1)
+    assert model.generate(input_ids=IDS, max_new_tokens=33, **options).shape == (2, 33)
+    assert model.generate(input_ids=IDS, max_length=41, **options).shape == (2, 33)
+    # Nobody said how many: transformers' 20, or what there is room for.
+    assert model.generate(input_ids=IDS, **options).shape == (2, 20)
+    assert model.generate(input_ids=IDS.repeat(1, 10), **options).shape == (2, 6)
+    bart = stage2("bart")
+    start = bart.generate(input_ids=IDS, max_new_tokens=40, **options)
+    assert start.shape == (2, 41)
+    with pytest.raises(ValueError, match=r"^max_new_tokens: expected at most 40 behind 1 rows .* got 41"):
+        bart.generate(input_ids=IDS, max_new_tokens=41, **options)
+
+
+@pytest.mark.parametrize("use_fused", [False, True])
+def test_an_instruction_is_named_as_the_caller_names_it(use_fused):
+    config = Blip2GenerationConfig(
+        InstructBlipQFormerConfig(**{**QFORMER, "max_position_embeddings": 6}), QUERIES
+    )
+    model = Blip2ForConditionalGeneration(config, language_model=language_model("opt"), use_fused=use_fused)
+    for ids, message in (
+        (torch.ones(2, 7, dtype=torch.int64), r"at most 6 tokens \(max_position_embeddings\), got 7"),
+        (IDS + config.qformer.vocab_size, r"values in \[0, "),
+        (IDS[0], r"int64 or int32 \[2, tokens\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"^qformer_input_ids: expected {message}"):
+            model(IDS, image_features=IMAGES, qformer_input_ids=ids)
 
 
 def test_pixels_of_the_wrong_rank_and_encoders_of_the_wrong_width():
@@ -901,8 +1009,14 @@ def test_constructors_refuse_what_is_of_another_stage_or_width():
         Blip2GenerationConfig.from_dict({"num_query_tokens": 3})
     with pytest.raises(TypeError, match="config: expected a Blip2GenerationConfig"):
         Blip2ForConditionalGeneration(Blip2QFormerConfig(**QFORMER), language_model=lm)
-    with pytest.raises(ValueError, match="num_query_tokens: expected an int >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_query_tokens: expected an int in \[1, 1024\], got 0"):
         Blip2GenerationConfig(Blip2QFormerConfig(**QFORMER), 0)
+    with pytest.raises(ValueError, match=r"num_query_tokens: expected an int in \[1, 1024\], got 1025"):
+        Blip2GenerationConfig(Blip2QFormerConfig(**QFORMER), 1025)
+    with pytest.raises(TypeError, match=r"^vision_model: expected an nn\.Module or None, got str 'vit'"):
+        Blip2ForConditionalGeneration(
+            Blip2GenerationConfig(Blip2QFormerConfig(**QFORMER)), language_model=lm, vision_model="vit"
+        )
     with pytest.raises(ValueError, match="vision_layer_norm_eps: expected a number > 0, got -1"):
         Blip2GenerationConfig(Blip2QFormerConfig(**QFORMER), 4, -1)
     config = transformers_blip2("opt").config

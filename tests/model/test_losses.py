@@ -202,3 +202,138 @@ def test_given_negatives_come_back_as_int64():
     checked = check_negatives(given, positive_pairs(2, device=CPU))
     assert [x.dtype for x in checked] == [torch.int64] * 2
     assert [x.tolist() for x in checked] == [[1, -1], [-1, 0]]
+
+
+# --- bad input ---
+
+IMAGES, TEXTS, TEMP = torch.randn(4, 3, 8), torch.randn(4, 8), torch.tensor(0.07)
+SIM, OWN = torch.randn(4, 4), torch.eye(4, dtype=torch.bool)
+TWO, BIT = torch.randn(4, 2), torch.tensor([0, 1, 1, IGNORE_INDEX])
+WORDS, NEXT = torch.randn(2, 5, 9), torch.ones(2, 5, dtype=torch.int64)
+
+
+def similarities(image=IMAGES, text=TEXTS, temperature=TEMP, **options):
+    return contrastive_similarities(image, text, temperature, **options)
+
+
+def contrast_of(i2t=SIM, t2i=SIM, positives=OWN, **options):
+    return contrastive_loss(i2t, t2i, positives, **options)
+
+
+BAD = {
+    "gradient": (
+        lambda: similarities(gradient="ful"),
+        ValueError,
+        "^gradient: expected one of 'local', 'full'",
+    ),
+    "integers": (lambda: similarities(IMAGES.int(), TEXTS.int()), TypeError, r"^image_embeds: .* got int32"),
+    "image rank": (
+        lambda: similarities(IMAGES[0]),
+        ValueError,
+        r"^image_embeds: .*\[B, Q, E\], got float32 \[3, 8\]",
+    ),
+    "text dtype": (
+        lambda: similarities(text=TEXTS.half()),
+        TypeError,
+        r"^text_embeds: expected float32 \[4, 8\]",
+    ),
+    "text batch": (
+        lambda: similarities(text=TEXTS[:3]),
+        ValueError,
+        r"^text_embeds: .*\[4, 8\], got .*\[3, 8\]",
+    ),
+    "temperature 0": (lambda: similarities(temperature=TEMP * 0), ValueError, "^temperature: .* > 0, got 0"),
+    "temperature str": (lambda: similarities(temperature="x"), TypeError, "^temperature: expected a tensor"),
+    "temperatures": (lambda: similarities(temperature=torch.ones(4)), ValueError, r"^temperature: .*\[4\]"),
+    "no positive": (
+        lambda: contrast_of(positives=OWN & (torch.arange(4) != 2)),
+        ValueError,
+        "^positives: expected at least one a row, got none in row 2",
+    ),
+    "soft positives": (lambda: contrast_of(positives=OWN * 0.5), TypeError, "^positives: expected bool"),
+    "positives' shape": (lambda: contrast_of(positives=OWN[:, :3]), ValueError, r"^positives: .*\[4, 4\]"),
+    "sims' shapes": (lambda: contrast_of(t2i=SIM[:3]), ValueError, r"^sim_t2i: .*\[4, 4\]"),
+    "sims' dtypes": (lambda: contrast_of(t2i=SIM.double()), TypeError, "^sim_t2i: expected float32"),
+    "no sims": (
+        lambda: contrast_of(SIM[:0], SIM[:0], OWN[:0]),
+        ValueError,
+        "^sim_i2t: expected at least one",
+    ),
+    "smoothing 2": (
+        lambda: contrast_of(label_smoothing=2.0),
+        ValueError,
+        r"^label_smoothing: .*\[0, 1\), got 2",
+    ),
+    "smoothing str": (
+        lambda: contrast_of(label_smoothing="x"),
+        TypeError,
+        "^label_smoothing: expected a number",
+    ),
+    "three logits": (lambda: matching_loss(torch.randn(4, 3), BIT), ValueError, r"^logits: .*\[S, 2\]"),
+    "label 5": (
+        lambda: matching_loss(TWO, torch.tensor([0, 5, 1, 0])),
+        ValueError,
+        r"^labels: expected -100 or values in \[0, 2\), got 5",
+    ),
+    "label -1": (lambda: matching_loss(TWO, BIT - 1), ValueError, r"^labels: expected -100 or .*got -1"),
+    "float labels": (lambda: matching_loss(TWO, BIT.float()), TypeError, "^labels: expected int64"),
+    "int32 labels": (lambda: matching_loss(TWO, BIT.int()), TypeError, "^labels: expected int64"),
+    "labels' length": (lambda: matching_loss(TWO, BIT[:3]), ValueError, r"^labels: .*\[4\], got int64 \[3\]"),
+    "float ids": (lambda: caption_labels(NEXT.float(), NEXT, 0), TypeError, "^input_ids: expected int64"),
+    "mask shape": (lambda: caption_labels(NEXT, NEXT[:1], 0), ValueError, r"^attention_mask: .*\[2, 5\]"),
+    "mask value": (lambda: caption_labels(NEXT, NEXT * 0.5, 0), ValueError, "^attention_mask: .*got 0.5"),
+    "pad": (lambda: caption_labels(NEXT, NEXT, "0"), TypeError, "^pad_token_id: expected an int"),
+    "normalisation": (
+        lambda: caption_loss(WORDS, NEXT, normalisation="glob"),
+        ValueError,
+        "^normalisation: expected one of 'rank', 'global', got 'glob'",
+    ),
+    "label range": (lambda: caption_loss(WORDS, NEXT * 10), ValueError, r"^labels: .*\[0, 9\), got 10"),
+    "label shape": (
+        lambda: caption_loss(WORDS, NEXT.T),
+        ValueError,
+        r"^labels: .*\[2, 5\], got int64 \[5, 2\]",
+    ),
+    "smoothing -1": (
+        lambda: caption_loss(WORDS, NEXT, label_smoothing=-1.0),
+        ValueError,
+        "^label_smoothing: ",
+    ),
+    "no logits": (lambda: caption_loss(WORDS[0, 0], NEXT[0, 0]), ValueError, r"^logits: .*\[\.\.\., vocab\]"),
+    "listed logits": (lambda: caption_loss([[1.0]], NEXT), TypeError, "^logits: expected a tensor"),
+    "ids of a batch": (
+        lambda: positive_pairs(4, torch.ones(3).long(), device=CPU),
+        ValueError,
+        r"^image_ids: .*\[4\], got int64 \[3\]",
+    ),
+    "ids in a column": (lambda: positive_pairs(4, NEXT[:, :1], device=CPU), ValueError, "^image_ids: "),
+    "batch str": (lambda: positive_pairs("4", device=CPU), TypeError, "^batch_size: expected an int"),
+    "batch -1": (
+        lambda: positive_pairs(-1, device=CPU),
+        ValueError,
+        "^batch_size: expected an int >= 0, got -1",
+    ),
+    "listed positives": (
+        lambda: check_negatives((BIT, BIT), [[True]]),
+        TypeError,
+        "^positives: expected a tensor",
+    ),
+    "negatives str": (lambda: check_negatives("ab", OWN), TypeError, "^negatives: .*pair.* got str 'ab'"),
+    "generator": (
+        lambda: sample_hard_negatives(SIM, SIM, OWN, generator=3),
+        TypeError,
+        "^generator: expected a torch.Generator or None, got int 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_anything_is_computed(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_temperature_that_is_nan_gives_a_loss_that_is():
+    sims = similarities(temperature=torch.tensor(math.nan))
+    assert contrast_of(*sims).isnan()

@@ -67,3 +67,26 @@ def test_decays_is_about_shape_and_name():
     assert decays("a.weight", nn.Parameter(torch.zeros(2, 2)))
     assert not decays("a.weight", nn.Parameter(torch.zeros(2)))
     assert not decays("query_tokens", nn.Parameter(torch.zeros(1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: learning_rate_factor(-5, 10), ValueError, "^step: expected an int >= 0, got -5"),
+        (lambda: learning_rate_factor(0, "x"), TypeError, "^total_steps: expected an int >= 0, got str 'x'"),
+        (
+            lambda: learning_rate_factor(1, 9, warmup_steps=-3),
+            ValueError,
+            "^warmup_steps: expected an int >= 0",
+        ),
+        (lambda: learning_rate_factor(1, 9, final_factor=-1.0), ValueError, "^final_factor: .*>= 0, got -1"),
+        (
+            lambda: learning_rate_factor(0, 9, warmup_steps=3, schedule="cos"),
+            ValueError,
+            "^schedule: expected",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -26,6 +26,7 @@ from tolerances import assert_same_gradients, assert_yardstick
 from blip2_kernels.encoder import FusedEncoder
 from blip2_kernels.model.pretraining import Blip2ForPreTraining
 from blip2_kernels.model.qformer import QFormerModel
+from blip2_kernels.model.retrieval import Blip2ForImageTextRetrieval
 
 IMAGE_IDS = torch.tensor([5, 7, 5, 9])
 NEGATIVES_OF_IDS = (torch.tensor([1, 0, 3, 2]), torch.tensor([3, 2, 1, 0]))
@@ -413,6 +414,83 @@ def test_bad_input_is_named(use_fused, case):
     changes, error, message = BAD_INPUT[case]
     with pytest.raises(error, match=message):
         small_model(use_fused=use_fused)(**{**small_batch(), **changes})
+
+
+TOO_LONG = torch.ones(4, POSITIONS + 1, dtype=torch.int64)
+LENGTH = f"^input_ids: expected at most {POSITIONS} tokens .max_position_embeddings., got {POSITIONS + 1}"
+NO_KEY = r"^dropout_key: expected int64 \[\], got float32 \[\]"
+FLOAT_KEY = torch.tensor(1.0)
+BAD_CALLS = {
+    "text features, too long": (lambda m, b: m.get_text_features(TOO_LONG), ValueError, LENGTH),
+    "text features, too long under a short mask": (
+        lambda m, b: m.get_text_features(TOO_LONG, (torch.arange(17) < 5).long().expand(4, -1)),
+        ValueError,
+        LENGTH,
+    ),
+    "multimodal features, too long": (
+        lambda m, b: m.get_multimodal_features(TOO_LONG, None, b["image_features"]),
+        ValueError,
+        LENGTH,
+    ),
+    "scores, too long": (
+        lambda m, b: Blip2ForImageTextRetrieval.from_pretraining(m).itc_scores(
+            TOO_LONG, None, b["image_features"]
+        ),
+        ValueError,
+        LENGTH,
+    ),
+    "samples": (
+        lambda m, b: m.prepare_images(b["image_features"], samples="x"),
+        TypeError,
+        "^samples: expected an int >= 0, got str 'x'",
+    ),
+    "raw images to read": (
+        lambda m, b: m.image_hidden(b["image_features"]),
+        TypeError,
+        "^images: expected PreparedImages from prepare_images, got float32",
+    ),
+    "raw images to read with text": (
+        lambda m, b: m.multimodal_hidden(b["image_features"], b["input_ids"]),
+        TypeError,
+        "^images: expected PreparedImages from prepare_images, got float32",
+    ),
+    "key of the image pass": (
+        lambda m, b: m.image_hidden(m.prepare_images(b["image_features"]), dropout_key=FLOAT_KEY),
+        TypeError,
+        NO_KEY,
+    ),
+    "key of the text pass": (
+        lambda m, b: m.train().text_hidden(b["input_ids"], dropout_key=FLOAT_KEY),
+        TypeError,
+        NO_KEY,
+    ),
+    "key of the multimodal pass": (
+        lambda m, b: m.multimodal_hidden(
+            m.prepare_images(b["image_features"]), b["input_ids"], dropout_key=FLOAT_KEY
+        ),
+        TypeError,
+        NO_KEY,
+    ),
+    "hidden states of one query": (
+        lambda m, b: m.match(torch.randn(3, 16)),
+        ValueError,
+        r"^multimodal_hidden: expected .*\[samples, queries, 16\], got float32 \[3, 16\]",
+    ),
+    "hidden states of another width": (
+        lambda m, b: m.project_image(torch.randn(3, 17)),
+        ValueError,
+        r"^hidden: expected .*16\], got float32 \[3, 17\]",
+    ),
+    "no hidden states": (lambda m, b: m.project_text([1.0]), TypeError, "^hidden: expected a tensor"),
+}
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_every_way_of_reading_names_what_it_cannot_read(use_fused, case):
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call(small_model(use_fused=use_fused), small_batch())
 
 
 def test_the_constructor_names_what_it_cannot_use():

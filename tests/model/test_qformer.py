@@ -424,3 +424,25 @@ class TestBadInput:
             QFormerModel({"hidden_size": 4})
         with pytest.raises(ValueError, match=r"config: .*multiple of num_attention_heads, got 32 and 5"):
             QFormerModel(blip2_config(num_attention_heads=5))
+        with pytest.raises(ValueError, match=r"^config\.num_attention_heads: expected an int >= 1, got 0"):
+            QFormerModel(blip2_config(num_attention_heads=0))
+        with pytest.raises(
+            ValueError, match=r"^config\.cross_attention_frequency: expected an int >= 1, got 0"
+        ):
+            QFormerModel(blip2_config(cross_attention_frequency=0))
+        with pytest.raises(ValueError, match=r"^config\.hidden_act: expected one of .*gelu.*, got 'gelou'"):
+            QFormerModel(blip2_config(hidden_act="gelou"))
+
+    def test_embeddings_and_head(self):
+        embeddings, head = TextEmbeddings(blip2_config()), LMHead(blip2_config())
+        words = embeddings.word_embeddings.weight
+        with pytest.raises(ValueError, match=r"^past_length: expected an int >= 0, got -2"):
+            embeddings(torch.ones(1, 3).long(), past_length=-2)
+        with pytest.raises(
+            ValueError, match=r"^hidden_states: expected .*\[2, 3, 32\], got float32 \[2, 3, 5\]"
+        ):
+            head(torch.randn(2, 3, 5), words)
+        with pytest.raises(
+            ValueError, match=r"^word_embeddings: expected .*\[61, channels\], got float32 \[7"
+        ):
+            head(torch.randn(2, 3, WIDTH), words[:7])

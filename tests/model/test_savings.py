@@ -173,6 +173,17 @@ def test_stage_2(instruct, dropout, setting):
     assert_same_step(got, expected, torch.float64, absent=("logits",))
 
 
+@pytest.mark.parametrize("instruct", [False, True], ids=["blip2", "instructblip"])
+def test_queries_of_stage_2_are_one_sample_s_in_the_first_layer(instruct):
+    model, inputs = stage2_case(instruct, torch.float32, 0.0)
+    model.use_fused, rows = True, []
+    query = model.qformer.encoder.layer[0].attention.attention.query
+    query.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    model(**inputs)
+    text = int(inputs["qformer_attention_mask"].sum()) if instruct else 0
+    assert rows == [5 + text]
+
+
 def test_stage_2_with_a_frozen_q_former():
     """The queries alone are trained: a gradient flows through images whose projections need none."""
     model, inputs = stage2_case(False, torch.float64, 0.0)

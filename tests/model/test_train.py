@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from blip2_kernels.model.checkpoints import latest_checkpoint, load_checkpoint
 from blip2_kernels.model.data.batches import ShuffledBatches, SizedRankBatches
 from blip2_kernels.model.optimization import learning_rate_factor
 from blip2_kernels.model.train import NonFiniteLossError, loss_parts, train, weighted_loss
-from blip2_kernels.model.training_state import read_history
+from blip2_kernels.model.training_state import read_history, remove_run
 
 pytest.importorskip("accelerate")
 
@@ -442,24 +443,106 @@ def test_history_on_disk_survives_a_line_cut_short(tmp_path):
     [
         ({"max_steps": None}, "max_steps, epochs: expected exactly one"),
         ({"epochs": 1}, "max_steps, epochs: expected exactly one"),
+        ({"max_steps": None, "epochs": math.inf}, "epochs: expected a finite number, got inf"),
+        ({"max_steps": None, "epochs": 0.0}, "epochs: expected a finite number > 0, got 0"),
+        ({"max_steps": 1.5}, "max_steps: expected an int >= 1, got float 1.5"),
         ({"batch_size": None}, "batch_size, batch_sampler: expected exactly one of them, got neither"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an int >= 1, got 0"),
         ({"batch_size": 23}, "at least one batch of 23 samples, got 22"),
-        ({"learning_rate": -1.0}, "learning_rate: expected at least 0, got -1"),
-        ({"learning_rate": math.nan}, "learning_rate: expected at least 0, got nan"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a finite number >= 0, got -1"),
+        ({"learning_rate": math.nan}, "learning_rate: expected a finite number >= 0, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate: expected a finite number >= 0, got inf"),
+        ({"learning_rate": "1"}, "learning_rate: expected a finite number >= 0, got str '1'"),
         ({"min_learning_rate": 1.0}, "min_learning_rate: expected a value in"),
+        ({"min_learning_rate": math.nan}, "min_learning_rate: expected a finite number >= 0, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay: expected a finite number >= 0, got inf"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a finite number >= 0, got nan"),
+        ({"eps": None}, "eps: expected a finite number >= 0, got NoneType"),
+        ({"betas": (2.0, 0.9)}, r"betas: expected a number in \[0, 1\), got 2"),
+        ({"betas": 0.9}, r"betas: expected two numbers in \[0, 1\), got 0\.9"),
+        ({"warmup_steps": None}, "warmup_steps: expected an int >= 0, got NoneType"),
+        ({"seed": -1}, r"seed: expected an int in \[0, 4294967295\], got -1"),
+        ({"seed": "a"}, r"seed: expected an int in \[0, 4294967295\], got str 'a'"),
+        ({"bf16": "yes"}, "bf16: expected a bool, got str 'yes'"),
+        ({"progress": 1}, "progress: expected a bool, got int 1"),
         ({"schedule": "cos"}, "schedule: expected one of"),
         ({"save_every": 5}, "save_every: expected an output_dir"),
         ({"evaluate_every": 5}, "evaluate_every: expected a function"),
+        ({"evaluate": 3}, "evaluate: expected a function or None, got int 3"),
+        ({"collate": 3}, "collate: expected a function or None, got int 3"),
+        ({"step_function": 3}, "step_function: expected a function or None, got int 3"),
+        ({"on_step": 3}, "on_step: expected a function or None, got int 3"),
+        ({"weight_decay_filter": None}, "weight_decay_filter: expected a function, got NoneType"),
+        ({"callbacks": 3}, "callbacks: expected a sequence of TrainerCallback, got int 3"),
+        ({"callbacks": [3]}, "callbacks: expected a sequence of TrainerCallback, got int 3 in it"),
+        ({"loss_weights": [1]}, "loss_weights: expected a function of the step or a mapping .*got list"),
+        ({"loss_weights": {"loss_fit": math.nan}}, r"loss_weights\['loss_fit'\]: expected a finite number"),
+        ({"learning_rate_multipliers": {"first": -1.0}}, r"learning_rate_multipliers\['first'\]: .*>= 0"),
+        ({"batch_size": None, "batch_sampler": 3}, "batch_sampler: expected lists of indices, got int 3"),
+        ({"output_dir": 5}, "output_dir: expected a path or None, got int 5"),
+        ({"output_dir": f"{__file__}/x"}, r"output_dir: expected a folder, got .*test_train\.py is a file"),
+        ({"resume_from": 5}, "resume_from: expected a path or None, got int 5"),
+        ({"description": 5}, "description: expected a str, got int 5"),
         ({"device": "gpu"}, "device: expected None, 'cpu' or 'cuda', got 'gpu'"),
-        ({"num_workers": -1}, "num_workers: expected at least 0"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected at least 1"),
+        ({"num_workers": -1}, "num_workers: expected an int >= 0, got -1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected an int >= 1, got 0"),
     ],
 )
 def test_refuses(change, message):
     options = {"max_steps": 2, "batch_size": 4, **QUIET, **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=f"^(dataset: expected )?{message}"):
         train(toy(), samples(), **options)
+
+
+def test_a_run_that_cannot_start_leaves_the_old_one_alone(tmp_path):
+    options = {"batch_size": 4, "output_dir": tmp_path, **QUIET}
+    old = train(toy(), samples(), max_steps=3, **options).history
+    with pytest.raises(ValueError, match=r"^output_dir: expected a folder without .*with checkpoint-3"):
+        train(toy(), samples(), max_steps=2, **options)
+    checkpoint = tmp_path / "checkpoint-3"
+    faults = [
+        {"betas": (2.0, 0.9)},
+        {"learning_rate_multipliers": {"none": 1.0}},
+        {"checkpoint_config": {"a": {1}}},
+        {"weight_decay_filter": lambda name, parameter: name / 2},
+        {"loss_weights": {"loss_none": 1.0}},
+    ]
+    for fault in faults:
+        with pytest.raises((TypeError, ValueError)):
+            train(toy(), samples(), max_steps=9, resume_from=checkpoint, **{**options, **fault})
+        assert read_history(tmp_path) == old and latest_checkpoint(tmp_path) == checkpoint
+    # Without a checkpoint in the way a new run begins, and its first row takes the history's place.
+    shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="learning_rate_multipliers: expected prefixes"):
+        train(toy(), samples(), max_steps=2, **{**options, **faults[1]})
+    assert read_history(tmp_path) == old
+    new = train(toy(), samples(), max_steps=2, **options).history
+    assert read_history(tmp_path) == new and len(new) == 2
+    remove_run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="learning_rate_multipliers"):
+        train(
+            toy(), samples(), max_steps=1, batch_size=4, output_dir=tmp_path / "run",
+            learning_rate_multipliers={"none": 1.0}, **QUIET,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_parameters_that_the_last_step_broke_are_neither_saved_nor_returned(tmp_path, saves):
+    options = {"output_dir": tmp_path} if saves else {}
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 1, after an optimizer step that left first\.weight"
+    ) as e:
+        train(
+            toy(), samples(), max_steps=1, batch_size=4, schedule=lambda done, length: math.nan, **options,
+            **QUIET,
+        )  # fmt: skip
+    assert e.value.step == 1 and math.isfinite(e.value.parts["loss"])
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_refuses_what_is_no_model_and_outputs_without_a_loss():

@@ -70,3 +70,43 @@ def test_two_ranks_are_one_rank_with_both_batches(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "checkpoint-2")
     assert {name.split(".")[0] for name in checkpoint.extra["random"]} == {"0", "1"}
     assert not torch.equal(checkpoint.extra["random"]["0.torch"], checkpoint.extra["random"]["1.torch"])
+
+
+FAULT_SCRIPT = """
+import sys, json, pathlib, torch
+sys.path[:0] = {path!r}
+from test_train import QUIET, samples, toy, train
+from blip2_kernels.model.train import NonFiniteLossError
+import os
+model = toy()
+if os.environ["RANK"] == "0":
+    model.fault = {{"call": 2, "factor": float("nan")}}
+try:
+    train(model, samples(), max_steps=4, batch_size=2, max_grad_norm={clip!r}, **QUIET)
+    said = "went on"
+except NonFiniteLossError as error:
+    said = f"{{error.step}} {{len(model.calls)}} {{error}}"
+pathlib.Path({folder!r}, os.environ["RANK"]).write_text(said)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [1.0, 0.0], ids=["clipped", "unclipped"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_at_that_step(tmp_path, clip):
+    script = tmp_path / "script.py"
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script.write_text(FAULT_SCRIPT.format(path=path, folder=str(tmp_path), clip=clip))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / rank).read_text() for rank in "01")
+    assert first.startswith("2 2 training stopped at step 2, before the optimizer step: loss = nan"), first
+    assert second.startswith("2 2 training stopped at step 2, before the optimizer step, since a loss of "), (
+        second
+    )
+    assert "another rank" in second and "nan" not in second

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from broken_pictures import BROKEN
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -442,6 +443,48 @@ def test_undecodable_pictures_are_named_counted_and_skipped(tmp_path, encoder):
         FeatureCache(tmp_path / "cache", encoder).encode([5])
 
 
+SIZED = (ViTModel, ViTConfig), (CLIPVisionModel, CLIPVisionConfig), (Blip2VisionModel, Blip2VisionConfig)
+
+
+@pytest.mark.parametrize(("model_class", "config_class"), SIZED)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, SIDE, SIDE), r"^pixel_values: expected .*, got float32 \[2, 1, 28, 28\]"),
+        ((0, 3, SIDE, SIDE), "^pixel_values: expected at least one pixel of one picture, got float32"),
+        ((2, 3, SIDE, 0), r"^pixel_values: expected .*, got float32 \[2, 3, 28, 0\]"),
+        ((2, 3, 14, 14), r"^pixel_values: expected .*, got float32 \[2, 3, 14, 14\]"),
+        ((2, 3, 5, 5), r"^pixel_values: expected .*, got float32 \[2, 3, 5, 5\]"),
+    ],
+)
+def test_pictures_that_an_encoder_does_not_take(model_class, config_class, shape, message):
+    with pytest.raises(ValueError, match=message):
+        FrozenVisionEncoder(model_class(config_class(**SMALL)))(torch.zeros(shape))
+
+
+def test_tensors_that_an_encoder_does_not_take_are_skipped(tmp_path):
+    vit = FrozenVisionEncoder(ViTModel(ViTConfig(**SMALL)))
+    grey, good, small = torch.randn(1, SIDE, SIDE), torch.randn(3, SIDE, SIDE), torch.randn(3, 14, 14)
+    _, report = FeatureCache(tmp_path / "a", vit).encode([grey, good, small, torch.randn(SIDE, SIDE)])
+    assert report.kept == [1] and [image.index for image in report.skipped] == [0, 2, 3]
+    assert "expected" in report.skipped[0].reason and "[1, 1, 28, 28]" in report.skipped[0].reason
+    # All of one wrong size: nobody but the encoder can tell.
+    _, report = FeatureCache(tmp_path / "b", vit).encode([small, small + 1])
+    assert report.kept == [] and all(s.reason.startswith("pixel_values: ") for s in report.skipped)
+    convolution = FrozenVisionEncoder(ConvolutionMap())
+    _, report = FeatureCache(tmp_path / "c", convolution).encode([grey, grey + 1])
+    assert report.kept == [] and len(report.skipped) == 2
+
+
+@BROKEN
+def test_the_cache_skips_whatever_the_decoder_trips_over(tmp_path, encoder, broken, suffix, error):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(broken())
+    _, report = FeatureCache(tmp_path / "cache", encoder).encode([path, png((9, 9, 9)), broken()])
+    assert report.kept == [1] and [image.index for image in report.skipped] == [0, 2]
+    assert all(image.reason.startswith("cannot decode image: ") for image in report.skipped)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_damaged_shards_are_thrown_away_and_made_again(tmp_path, encoder, damage):
     pictures = [Image.new("RGB", (9, 9), (i, 0, 0)) for i in range(6)]
@@ -563,6 +606,19 @@ def test_pixel_values_are_cached_as_they_are_without_preprocessing(tmp_path):
         (lambda: ImagePreprocessing(0), ValueError, r"image_size: expected an int >= 1, got 0"),
         (lambda: ImagePreprocessing((1, 2, 3)), TypeError, r"image_size: expected \(height, width\)"),
         (lambda: ImagePreprocessing(std=(1, 1)), ValueError, "std: expected 3 numbers as mean, got 2"),
+        (lambda: sine_positions_2d("3", 3, 8), TypeError, "^height: expected an int >= 1, got str '3'"),
+        (lambda: sine_positions_2d(3, -1, 8), ValueError, "^width: expected an int >= 1, got -1"),
+        (lambda: sine_positions_2d(3, 3, 8, temperature=0), ValueError, "^temperature: .* > 0, got 0"),
+        (lambda: ImagePreprocessing(background=0), TypeError, r"^background: expected \(red, green, blue\)"),
+        (lambda: ImagePreprocessing(crop="yes"), TypeError, "^crop: expected a bool, got str 'yes'"),
+        (
+            lambda: FeatureCache("x", FrozenVisionEncoder(ConvolutionMap())).prepare(None),
+            TypeError,
+            "^images: expected a list of pictures, got NoneType",
+        ),
+        (lambda: ImagePreprocessing(mean=(0, float("nan"), 0)), ValueError, "mean: expected a finite number"),
+        (lambda: ImagePreprocessing(std=(1, float("inf"), 1)), ValueError, "std: expected a finite number"),
+        (lambda: ImagePreprocessing(mean=("a", 0, 0)), TypeError, "mean: expected a finite number, got str"),
         (lambda: ImagePreprocessing(std=(1, 0, 1)), ValueError, "std: expected numbers > 0"),
         (lambda: ImagePreprocessing(interpolation="cubic"), ValueError, "interpolation: expected one of"),
         (lambda: ImagePreprocessing()("a.png"), TypeError, "image: expected a PIL image or a tensor"),
@@ -575,6 +631,16 @@ def test_pixel_values_are_cached_as_they_are_without_preprocessing(tmp_path):
             lambda: ImagePreprocessing()(torch.zeros(5, 5)),
             ValueError,
             r"image: expected \[3, height, width\], got float32 \[5, 5\]",
+        ),
+        (
+            lambda: ImagePreprocessing()(torch.full((3, 5, 5), 255.0)),
+            ValueError,
+            r"image: expected floating values in \[0, 1\], got 255 to 255",
+        ),
+        (
+            lambda: ImagePreprocessing()(torch.full((3, 5, 5), float("nan"))),
+            ValueError,
+            r"image: expected floating values in \[0, 1\], got nan",
         ),
         (lambda: open_image(b"nonsense"), OSError, "cannot identify image file"),
         (

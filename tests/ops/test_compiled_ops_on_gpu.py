@@ -9,10 +9,15 @@ from test_add_layer_norm import draw as draw_norm
 from test_add_layer_norm import names_of
 from test_bias_gelu import NAMES as GELU_NAMES
 from test_bias_gelu import draw as draw_gelu
+from test_embed_tokens import NAMES as EMBED_NAMES
+from test_embed_tokens import PLACES, SHAPES, VOCABULARY, draw_ids, layout_of
+from test_embed_tokens import draw as draw_embed
+from test_embed_tokens import function as embed
 from tolerances import max_error
 
 from blip2_kernels import extension
-from blip2_kernels.ops import add_layer_norm, bias_gelu
+from blip2_kernels.device_errors import check_device_errors
+from blip2_kernels.ops import add_layer_norm, bias_gelu, embed_tokens
 from blip2_kernels.ops.philox import Site, draw_key, hidden_keep_mask, keep_scale
 
 pytestmark = [
@@ -23,7 +28,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 WIDTHS = (1, 7, 33, 768, 1408, 3072, 4096)
-KINDS = ["norm", "norm with dropout", "gelu"]
+KINDS = ["norm", "norm with dropout", "gelu", "embed", "embed with dropout"]
 
 
 def to_device(tensors):
@@ -49,6 +54,14 @@ def case(kind, rows, width, x_dtype=torch.float32, dtype=torch.float32):
     """Names of the results, a call, and its tensors."""
     if kind == "gelu":
         return GELU_NAMES, gelu, to_device(draw_gelu(rows, width, x_dtype, dtype))
+    if "embed" in kind:
+        text = min(rows // 2, PLACES)
+        samples, queries, tokens = SHAPES.get(rows, (1, rows - text, text))
+        layout = layout_of(samples, queries, torch.ones(samples, tokens), device=DEVICE)
+        ids = to_device(draw_ids(layout))
+        call = embed(layout, ids, dropout=0.1 if "dropout" in kind else 0.0)
+        tensors = to_device(draw_embed(samples, queries, width, dtype))
+        return [n for n, t in zip(EMBED_NAMES, [ids, *tensors], strict=True) if t is not None], call, tensors
     call = norm(rows, 0.1 if "dropout" in kind else 0.0, layer=5, site=Site.CROSS_OUTPUT)
     return NORM_NAMES, call, to_device(draw_norm(rows, width, x_dtype, dtype))
 
@@ -118,7 +131,7 @@ def test_a_stream_of_one_s_own(kind):
 def forward_and_backward(call, tensors):
     """A function that writes nothing but device memory, and the gradient of the output that it uses."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    grad = torch.randn_like(leaves[0] if len(leaves) == 2 else leaves[1])
+    grad = torch.randn_like(call(*leaves)).detach()
 
     def run():
         out = call(*leaves)
@@ -163,6 +176,12 @@ def test_opcheck(kind, x_dtype, dtype):
     drop = (0.0, None, None, 9)
     if "dropout" in kind:
         drop = (0.25, draw_key(DEVICE), names_of(5).to(DEVICE), 9)
+    if "embed" in kind:
+        queries, *rest = leaves
+        ids = torch.tensor([1, 3], device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+        inputs = (queries[0].detach().requires_grad_(), *rest[:2], *ids, 3, -1, *rest[2:])
+        torch.library.opcheck(ops.embed_tokens.default, (*inputs, 1e-5, *drop))
+        return
     torch.library.opcheck(ops.add_layer_norm.default, (*leaves, 1e-5, *drop))
     x, residual, weight, _, extra = tensors
     rest = (extra, torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE))
@@ -179,6 +198,31 @@ def test_one_graph_under_compile(kind):
         names, with_gradients(compiled, tensors), with_gradients(call, tensors), strict=True
     ):
         assert max_error(a, b) < 1e-5, name
+
+
+@pytest.mark.parametrize("which", ["input_ids", "position_ids"])
+def test_ids_out_of_range_are_flagged(which):
+    """Nothing is read out of bounds: the nearest row stands in, and the next check raises."""
+    layout = layout_of(2, 3, torch.ones(2, 4), device=DEVICE)
+    tensors = to_device(draw_embed(2, 3, 40))
+    size = VOCABULARY if which == "input_ids" else PLACES
+    ids = torch.tensor([[0, -1, 2, size], [1, 1 << 40, 0, 3]], device=DEVICE)
+    fine = torch.zeros_like(ids)
+
+    def call(values, **options):
+        given = {"input_ids": [fine], "position_ids": [fine]} | {which: [values]}
+        words = given.pop("input_ids")
+        return embed_tokens(tensors[0], words, *tensors[1:], layout, backend="csrc", **given, **options)
+
+    check_device_errors()
+    nearest = call(ids.clamp(0, size - 1))
+    check_device_errors()
+    assert torch.equal(call(ids), nearest)
+    with pytest.raises(IndexError, match="input_ids or position_ids"):
+        check_device_errors(DEVICE)
+    check_device_errors()
+    with pytest.raises(ValueError, match=rf"{which}\[0\]: expected values in \[0, {size}\), got -1"):
+        call(ids, validate=True)
 
 
 @pytest.mark.parametrize("place", range(5))

@@ -173,3 +173,66 @@ def test_bad_input(change, error, words):
     with pytest.raises(error) as caught:
         philox.dropout_hidden(**(good | change))
     assert words in str(caught.value)
+
+
+KEY, NAMES = torch.tensor(1), torch.zeros(2, 3, dtype=torch.int32)
+HERE = {"layer": 0, "site": Site.EMBEDDINGS}
+COUNTER = tuple(torch.tensor([1]) for _ in range(4))
+
+
+def hidden(key=KEY, row_keys=NAMES, channels=4, p=0.1, **where):
+    return philox.hidden_keep_mask(key, row_keys, channels, p, **(HERE | where))
+
+
+def attention(queries=NAMES, keys=NAMES, heads=1, p=0.1):
+    return philox.attention_keep_mask(KEY, queries, keys, heads, p, **HERE)
+
+
+BAD_CALLS = [
+    (lambda: hidden(key=KEY.int()), TypeError, "key: expected int64 [], got int32 []"),
+    (lambda: hidden(key=5), TypeError, "key: expected a tensor int64 []"),
+    (lambda: hidden(row_keys=NAMES.float()), TypeError, "row_keys: expected int32 [2, 3], got float32"),
+    (lambda: hidden(row_keys=NAMES.long()), TypeError, "row_keys: expected int32 [2, 3], got int64"),
+    (lambda: hidden(channels=-4), ValueError, "channels: expected an int >= 0, got -4"),
+    (lambda: hidden(p=1.0), ValueError, "p: expected a number in [0, 1), got 1.0"),
+    (lambda: hidden(layer=-1), ValueError, "layer: expected an int in [0, "),
+    (lambda: hidden(site=99), ValueError, "site: expected an int in [0, 5], got 99"),
+    (lambda: attention(queries=NAMES[0]), ValueError, "query_keys: expected int32 [B, Lq], got int32 [3]"),
+    (lambda: attention(keys=NAMES[:1]), ValueError, "key_keys: expected int32 [2, Lk], got int32 [1, 3]"),
+    (lambda: attention(keys=None), TypeError, "key_keys: expected a tensor"),
+    (lambda: attention(heads=-1), ValueError, "heads: expected an int >= 0, got -1"),
+    (
+        lambda: philox.dropout_hidden(torch.ones(2, 3, 4).int(), 0.1, KEY, NAMES, **HERE),
+        TypeError,
+        "x: expected float64 or",
+    ),
+    (lambda: philox.dropout_hidden([1.0], 0.1, KEY, NAMES, **HERE), TypeError, "x: expected a tensor"),
+    (
+        lambda: philox.dropout_attention(torch.ones(2, 1, 3, 3), 0.1, KEY, NAMES, None, **HERE),
+        TypeError,
+        "key_keys: expected a tensor",
+    ),
+    (
+        lambda: philox.philox_4x32_10(COUNTER[:3], KEY),
+        TypeError,
+        "counter: expected four int64 tensors, got 3",
+    ),
+    (
+        lambda: philox.philox_4x32_10(tuple(word.float() for word in COUNTER), KEY),
+        TypeError,
+        "counter: expected int64 [1], got float32",
+    ),
+    (lambda: philox.philox_4x32_10(COUNTER, 1), TypeError, "key: expected a tensor int64 []"),
+    (
+        lambda: philox.draw_key(generator=5),
+        TypeError,
+        "generator: expected a torch.Generator or None, got int 5",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BAD_CALLS)
+def test_bad_calls(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert words in str(caught.value)

@@ -111,14 +111,37 @@ def test_strided_views_of_one_projection_are_read_in_place(backend):
         assert max_error(a, b) < 1e-14
 
 
+def paper_table(num_queries, texts, modes):
+    """Figure 2, spelled out: may row r (first index) attend to row c? texts: (real tokens, rows) of each."""
+    rows = [(None, i, True) for i in range(num_queries)]
+    rows += [(t, i, i < real) for t, (real, count) in enumerate(texts) for i in range(count)]
+
+    def may(row, column):
+        (text, place, _), (other, other_place, real) = row, column
+        if text is None and other is None:
+            return True
+        if text is None:
+            return real and modes[other] == B
+        if other is None:
+            return modes[text] != U
+        return real and text == other and (modes[text] != C or other_place <= place)
+
+    return torch.tensor([[may(row, column) for column in rows] for row in rows])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", MaskMode)
-def test_no_leak_by_value_and_by_gradient(backend, mode):
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "modes", [(U,), (B,), (C,), (U, C)], ids=lambda modes: "+".join(m.name for m in modes)
+)
+def test_no_leak_by_value_and_by_gradient(backend, modes, padded):
     """Row r reacts to row c exactly where the paper's table says so."""
     torch.manual_seed(0)
-    layout = TokenLayout.from_attention_masks(3, [torch.tensor([[1, 0, 1, 1, 0]])], padded=True)
-    mask = AttentionMask((mode,))
-    allowed = mask.dense(layout)[0]
+    texts = [torch.tensor([[1, 0, 1, 1, 0]]), torch.tensor([[0, 1, 1, 0, 0]])][: len(modes)]
+    layout = TokenLayout.from_attention_masks(3, texts, padded=padded)
+    mask = AttentionMask(modes)
+    allowed = paper_table(3, [(int(text.sum()), 5 if padded else int(text.sum())) for text in texts], modes)
+    assert torch.equal(mask.dense(layout)[0], allowed)
     tensors = [t.requires_grad_() for t in draw(layout.rows)]
     out = self_attention(*tensors, layout, layout, mask, backend=backend)
     for row in range(layout.rows):
@@ -272,6 +295,8 @@ def test_random_cases_agree_between_backends():
 
 LAYOUT = TokenLayout.from_attention_masks(2, [torch.ones(2, 3)])
 OTHER = TokenLayout.from_attention_masks(2, [torch.ones(3, 3)])
+LATER = TokenLayout.from_attention_masks(2, [torch.ones(2, 3)], first_sample=9)
+SHORTER = TokenLayout.from_attention_masks(2, [torch.tensor([[1, 1, 0], [1, 0, 0]])])
 BARE = TokenLayout.from_attention_masks(2, samples=5)
 X = torch.randn(10, 2, 4)
 BAD = [
@@ -294,6 +319,16 @@ BAD = [
     ({"q_layout": None}, TypeError, "q_layout: expected a TokenLayout, got NoneType"),
     ({"q_layout": OTHER, "q": torch.randn(15, 2, 4)}, ValueError, "kv_layout: expected 3 samples"),
     ({"q_layout": BARE}, ValueError, "q_layout: expected 1 text segments, one a mode, got 0"),
+    (
+        {"q_layout": LATER},
+        ValueError,
+        "q_layout: expected rows of kv_layout (by their row keys), got another",
+    ),
+    (
+        {"kv_layout": SHORTER, "k": X[:7], "v": X[:7]},
+        ValueError,
+        "q_layout: expected rows of kv_layout (by their row keys), got another in row 6",
+    ),
     ({"mask": MaskMode.UNIMODAL}, TypeError, "mask: expected an AttentionMask"),
     ({"mask": AttentionMask()}, ValueError, "q_layout: expected 0 text segments"),
     ({"dropout": 1.0}, ValueError, "dropout: expected a number in [0, 1), got 1.0"),

@@ -46,8 +46,8 @@ def _forward(block: int, *, texts: int, rows: int, channels: int, warps: int, st
 
 def _forward_table(texts: int, ragged_stages: int = 3) -> dict[Hashable, tuple[Config, ...]]:
     """Tiles of texts x queries, at most `texts` in half precision; `ragged_stages` where a block is not all
-    of an image's queries. Two programs of eight warps share a multiprocessor: one multiplies while the other
-    looks for its maxima."""
+    of an image's queries. Two programs of eight warps share a multiprocessor, so that one multiplies while
+    the other looks for its maxima."""
     table: dict[Hashable, tuple[Config, ...]] = {}
     for block in _QUERY_BLOCKS:
         for whole in (False, True):

@@ -1,0 +1,1 @@
+"""Query tokens and text embeddings as the encoder's first rows: see `api.embed_tokens`."""
