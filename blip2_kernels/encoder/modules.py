@@ -78,6 +78,13 @@ def bypass_reason(layer: nn.Module) -> str | None:
     return None
 
 
+def qformer_reason(qformer: nn.Module) -> str | None:
+    """None where rows may be encoded past a Q-Former's own `forward`, else why it must be called."""
+    if type(qformer).__module__ not in (*STOCK, "blip2_kernels.model.qformer"):
+        return f"is a {type(qformer).__qualname__}"
+    return touched(qformer)
+
+
 def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """None where a linear layer, norm or activation is an untouched `kind` with ordinary weights, which may
     be read past its `__call__`; else why not."""
@@ -155,6 +162,10 @@ def changes(qformer: nn.Module, whole: Sequence[str | None], *, joined: bool) ->
         joined: whether the projections of self-attention are joined where they can be.
     """
     lines = []
+    own = qformer_reason(qformer)
+    if own is not None:
+        declined_by_models = f"{Saving.ONE_PASS}, {Saving.PROJECT_ONCE}"
+        lines.append(f"the Q-Former is called pass by pass, without {declined_by_models}: it {own}")
     for number, (layer, reason) in enumerate(zip(qformer.encoder.layer, whole, strict=True)):
         if reason is not None:
             lines.append(f"layer {number} is called whole, on padded rows: {reason}")
