@@ -116,6 +116,12 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
     def use_fused(self, value: bool) -> None:
         self.qformer.use_fused = value
 
+    @property
+    def packs(self) -> bool:
+        """Whether passes go to the fused encoder itself, packed and with images projected once. A Q-Former
+        with hooks, a `forward` of its own or another class (a sharded one) is called as the module it is."""
+        return self.use_fused and self.qformer.called_reason is None
+
     def train(self, mode: bool = True) -> "Blip2Base":
         """As `nn.Module.train`, but the frozen image encoder stays in eval mode."""
         super().train(mode)
@@ -175,7 +181,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         if image_mask is not None:
             check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
             check_binary("image_mask", image_mask)
-        if not self.use_fused:
+        if not self.packs:
             return PreparedImages(self.ln_vision(features.to(self.ln_vision.weight.dtype)), image_mask)
         key_values = self.qformer.fused_encoder.project_images(
             features,
@@ -222,7 +228,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         if values_are_free(attention_mask.device) and not bool(attention_mask.any(dim=1).all()):
             row = int((attention_mask != 0).any(dim=1).logical_not().nonzero()[0])
             raise ValueError(f"attention_mask: expected a 1 in every row, got none in row {row}")
-        if not self.use_fused:
+        if not self.packs:
             hidden = self.qformer(
                 self.embeddings(input_ids),
                 attention_mask,

@@ -203,7 +203,7 @@ class Blip2ForPreTraining(Blip2Base):
         contrast = "itc" in wanted or ("itm" in wanted and negatives is None)
         generate = "itg" in wanted
         if contrast or generate:
-            encode = self._encode_together if self.use_fused else self._encode_in_turn
+            encode = self._encode_together if self.packs else self._encode_in_turn
             passes = encode(images, input_ids, attention_mask, dropout_key, contrast, generate)
 
         smoothing = self.config.label_smoothing
@@ -266,7 +266,7 @@ class Blip2ForPreTraining(Blip2Base):
             )
         if image_ids is not None:
             check_tensor("image_ids", image_ids, [batch], INDEX_DTYPES, input_ids.device)
-        return attention_mask if self.use_fused else attention_mask.to(input_ids.device)
+        return attention_mask if self.packs else attention_mask.to(input_ids.device)
 
     def _caption_ids(self, input_ids: Tensor) -> Tensor:
         """The texts with [DEC] in place of their first token."""
@@ -377,13 +377,13 @@ class Blip2ForPreTraining(Blip2Base):
         all_ids, all_masks = all_gather(input_ids), all_gather(attention_mask)
 
         texts, first_image = own, 0
-        if self.use_fused and get_world_size() > 1:
+        if self.packs and get_world_size() > 1:
             # A drawn image may live on another rank. The text is a few integers, the image a thousand vectors
             # with keys and values: so the text goes to the image's rank.
             every_image, every_label = all_gather(image_index), all_gather(labels[0])
             texts = ((every_image >= start) & (every_image < start + batch)).nonzero()[:, 0]
             image_index, labels[0], first_image = every_image[texts], every_label[texts], start
-        elif not self.use_fused:
+        elif not self.packs:
             images = PreparedImages(all_gather_with_grad(images.features))
 
         text_rows = torch.cat([own, texts, text_index])

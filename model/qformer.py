@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
 from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall
-from blip2_kernels.encoder.modules import checkpoints, drops
+from blip2_kernels.encoder.modules import checkpoints, drops, qformer_reason
 from blip2_kernels.encoder.padded import encode_padded
 from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, padded_row_keys
 from blip2_kernels.mask import MaskMode
@@ -138,6 +138,11 @@ class QFormerModel(nn.Module):
             # child.
             self.__dict__["_fused_encoder"] = FusedEncoder(self, _call_layer)
         return self.__dict__["_fused_encoder"]
+
+    @property
+    def called_reason(self) -> str | None:
+        """None where models may hand rows to `fused_encoder` past this module, else why they must call it."""
+        return qformer_reason(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the fused encoder, which belongs to this module and not to its copies."""

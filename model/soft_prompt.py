@@ -126,7 +126,7 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
             text = {"input_ids": qformer_input_ids, "text_mask": mask}
         features = features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype)
         images: dict[str, Any]
-        if self.use_fused:
+        if self.use_fused and self.qformer.called_reason is None:
             prepared = self.qformer.fused_encoder.project_images(
                 features, norm=self.ln_vision, mask=image_mask, query_rows=queries.shape[0] * queries.shape[1]
             )

@@ -21,6 +21,9 @@ STOCK = (
 )
 """Where the classes of Q-Former layers that this encoder knows are defined."""
 
+QFORMERS = (*STOCK, "blip2_kernels.model.qformer", "blip2_kernels.transformers")
+"""Where the classes of Q-Formers are defined whose own `forward` may be gone around."""
+
 EMBEDDINGS = ("blip2_kernels.model.qformer_text", "transformers.models.blip_2.modeling_blip_2")
 """Where the classes of text embeddings that are the sum of a word and a position are defined."""
 
@@ -84,6 +87,13 @@ def bypass_reason(layer: nn.Module) -> str | None:
         if reason is not None:
             return f"{name or 'the layer'} {reason}"
     return None
+
+
+def qformer_reason(qformer: nn.Module) -> str | None:
+    """None where rows may be encoded past a Q-Former's own `forward`, else why it must be called."""
+    if type(qformer).__module__ not in QFORMERS:
+        return f"is a {type(qformer).__qualname__}"
+    return touched(qformer)
 
 
 def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -170,6 +180,10 @@ def changes(qformer: nn.Module, whole: Sequence[str | None], *, joined: bool) ->
         joined: whether the projections of self-attention are joined where they can be.
     """
     lines = []
+    own = qformer_reason(qformer)
+    if own is not None:
+        declined_by_models = f"{Saving.ONE_PASS}, {Saving.PROJECT_ONCE}"
+        lines.append(f"the Q-Former is called pass by pass, without {declined_by_models}: it {own}")
     for number, (layer, reason) in enumerate(zip(qformer.encoder.layer, whole, strict=True)):
         if reason is not None:
             lines.append(f"layer {number} is called whole, on padded rows: {reason}")

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from blip2_kernels.encoder import Saving, Workload
 from blip2_kernels.layout import TokenLayout
 from blip2_kernels.mask import AttentionMask
+from blip2_kernels.model.qformer import QFormerModel
 from blip2_kernels.model.qformer_layers import QFormerLayer
 
 
@@ -23,6 +24,11 @@ class OwnLayer(QFormerLayer):
 
     def forward(self, hidden_states, *args, **kwargs):
         return super().forward(hidden_states * 1.1, *args, **kwargs)
+
+
+class OwnQFormer(QFormerModel):
+    def forward(self, *args, **kwargs):
+        return scale_states(self, args, super().forward(*args, **kwargs))
 
 
 class OwnLinear(nn.Linear):
@@ -69,12 +75,19 @@ def scale_output(factor: float):
     return lambda module, args, out: (out[0] * factor, *out[1:]) if isinstance(out, tuple) else out * factor
 
 
+def scale_states(module: nn.Module, args: tuple, out):
+    """For a Q-Former, whose result has fields."""
+    out.last_hidden_state = out.last_hidden_state * 1.1
+    return out
+
+
 def own_forward(module: nn.Module, factor: float) -> None:
     """What accelerate's hooks do: `forward` in the instance's own dictionary."""
     former = module.forward
 
     def forward(*args, **kwargs):
-        return scale_output(factor)(module, args, former(*args, **kwargs))
+        scale = scale_states if isinstance(module, QFormerModel) else scale_output(factor)
+        return scale(module, args, former(*args, **kwargs))
 
     module.forward = forward
 
@@ -116,6 +129,9 @@ CHANGES = {
         lambda m: layer(m).register_full_backward_hook(lambda module, gin, gout: (gin[0] * 2, *gin[1:])),
         "the layer has hooks",
     ),
+    "a hook on the Q-Former": (lambda m: m.qformer.register_forward_hook(scale_states), "it has hooks"),
+    "the Q-Former's own forward": (lambda m: own_forward(m.qformer, 1.1), "it has a forward of its own"),
+    "a derived Q-Former": (lambda m: become(m.qformer, OwnQFormer), "it is a OwnQFormer"),
     "a hook on an attention": (
         lambda m: layer(m).attention.register_forward_hook(scale_output(0.9)),
         "attention has hooks",
@@ -310,6 +326,17 @@ def test_a_layer_that_is_called_whole_needs_somebody_to_call_it():
     model.qformer.fused_encoder.call_layer = None
     with pytest.raises(ValueError, match=r"layer 1 that must be called whole: the layer has hooks"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
+def test_hooks_of_the_q_former_are_called_as_often_as_on_the_plain_path(use_fused):
+    model, inputs = case()
+    model.use_fused, calls = use_fused, []
+    handle = model.qformer.register_forward_hook(lambda *_: calls.append(1))
+    model(**inputs)
+    assert len(calls) == 4  # image, text, caption, matching
+    handle.remove()
+    assert model.packs == use_fused
 
 
 def test_a_copy_has_an_encoder_of_its_own():
