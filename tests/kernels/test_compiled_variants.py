@@ -87,6 +87,9 @@ def _first(item: shipped.Shipped, arch: int) -> bool:
 # -------------------------------------------------------------------------------------------------- the tests
 
 FORWARD = {"forward_kernel"}
+SPILLED = {("64-bit offsets", "forward_kernel"): 64}
+"""Bytes of stack that are known and let pass, no more: addresses of 64 bits take twice the registers, and only
+tensors of 2**31 elements and more have them."""
 ALL = FORWARD | {"backward_tile_kernel", "backward_rows_kernel", "backward_keys_kernel"}
 
 
@@ -96,7 +99,8 @@ def test_a_variant_compiles_to_tensor_cores_without_a_stack(variant):
     with_products = {kernel for kernel, _, _ in figures} - {"group_kernel", "merge_kernel"}
     assert with_products == (FORWARD if variant == "nothing kept" else ALL)
     for kernel, stack, tensor_core in figures:
-        assert stack <= (budget.FEW_BYTES if variant == "tf32" else 0), kernel
+        few = budget.FEW_BYTES if variant == "tf32" else 0
+        assert stack <= SPILLED.get((variant, kernel), few), kernel
         assert tensor_core or kernel not in with_products, kernel
 
 
