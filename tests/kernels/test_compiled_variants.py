@@ -88,7 +88,7 @@ def _first(item: shipped.Shipped, arch: int) -> bool:
 
 FORWARD = {"forward_kernel"}
 SPILLED = {("64-bit offsets", "forward_kernel"): 64}
-"""Bytes of stack that are known and let pass, no more: addresses of 64 bits take twice the registers, and only
+"""Bytes of stack that are known and let pass: addresses of 64 bits take twice the registers, and only
 tensors of 2**31 elements and more have them."""
 ALL = FORWARD | {"backward_tile_kernel", "backward_rows_kernel", "backward_keys_kernel"}
 
