@@ -1,4 +1,4 @@
-"""The encoder's first rows from token ids: one compiled operator where modules are as built, else the modules."""
+"""The encoder's first rows from token ids: one compiled operator where modules are as built, else those."""
 
 import pytest
 import torch
