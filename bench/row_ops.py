@@ -104,9 +104,11 @@ def main() -> None:
             ("forward", None),
             ("forward + backward", torch.randn(rows, width, dtype=dtype)),
         ):
-            both = [compute(function, backend, tensors, grad) for backend in ("csrc", "reference")]
-            for got, plain in zip(*both, strict=True):
-                assert (got - plain).abs().max() <= 0.02 * plain.abs().max(), label
+            # Against the plain sequence in fp32: in half precision it adds up rows less exactly than 2%.
+            exact = [t.float() for t in tensors], None if grad is None else grad.float()
+            both = compute(function, "csrc", tensors, grad), compute(function, "reference", *exact)
+            for got, truth in zip(*both, strict=True):
+                assert (got - truth).abs().max() <= 0.02 * truth.abs().max(), label
             pairs = [
                 (seconds(function, "csrc", tensors, grad), seconds(function, "reference", tensors, grad))
                 for _ in range(arguments.pairs)

@@ -6,26 +6,37 @@
 namespace blip2_kernels {
 namespace {
 
+// The second summand of rows that have but one.
+template <class T>
+alignas(64) constexpr T kZeros[kMaxNormWidth] = {};
+
+constexpr int kRowsAhead = 16;
+
+// Calls body(row, summands) for rows first … last - 1. Where they lie is asked for some rows ahead: beside the question
+// whether a row is text, the compiler splits the loop in two, and vectorises only one of both copies of its body.
+template <class T, class Body>
+HOST_DEVICE void for_rows(const EmbedTokens& a, int64_t first, int64_t last, const Body& body) {
+  Summands<T> ahead[kRowsAhead];
+  for (; first < last; first += kRowsAhead) {
+    const int count = int(std::min<int64_t>(kRowsAhead, last - first));
+    for (int i = 0; i < count; ++i) {
+      ahead[i] = summands_of<T>(a, first + i);
+      if (!ahead[i].second) ahead[i].second = kZeros<T>;
+    }
+    for (int i = 0; i < count; ++i) body(first + i, ahead[i]);
+  }
+}
+
 // Fills `hidden` with a row before its LayerNorm, and returns its sum.
 template <class T>
-HOST_DEVICE float gather(const EmbedTokens& a, int64_t row, float* __restrict hidden) {
-  const Summands<T> summands = summands_of<T>(a, row);
+HOST_DEVICE float gather(const Summands<T>& summands, int width, float* __restrict hidden) {
   const T* __restrict first = summands.first;
   const T* __restrict second = summands.second;
-  const int width = int(a.width);
   float sum = 0;
-  if (second) {
 #pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < width; ++c) {
-      hidden[c] = to_float(first[c]) + to_float(second[c]);
-      sum += hidden[c];
-    }
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < width; ++c) {
-      hidden[c] = to_float(first[c]);
-      sum += hidden[c];
-    }
+  for (int c = 0; c < width; ++c) {
+    hidden[c] = to_float(first[c]) + to_float(second[c]);
+    sum += hidden[c];
   }
   return sum;
 }
@@ -43,9 +54,9 @@ HOST_DEVICE void forward_rows(const EmbedTokensForward& a, RowBuffers& buffers, 
   const T* __restrict bias = static_cast<const T*>(a.bias);
   const float* __restrict hidden = buffers.hidden;
   const uint16_t* lanes = buffers.lanes();
-  for (int64_t row = first; row < last; ++row) {
+  for_rows<T>(a, first, last, [&](int64_t row, const Summands<T>& summands) __attribute__((always_inline)) {
     if constexpr (kDrops) buffers.draw(dropout, a.dropout.row_keys[row], width);
-    const float mean = gather<T>(a, row, buffers.hidden) / width;
+    const float mean = gather(summands, width, buffers.hidden) / width;
     const float rstd = reciprocal_deviation(hidden, width, mean, a.eps);
     T* __restrict out = static_cast<T*>(a.out) + row * a.width;
 #pragma omp simd
@@ -55,12 +66,13 @@ HOST_DEVICE void forward_rows(const EmbedTokensForward& a, RowBuffers& buffers, 
     }
     a.mean[row] = mean;
     a.rstd[row] = rstd;
-  }
+  });
 }
 
 template <bool kDrops, class T>
 HOST_DEVICE void backward_row(
-    const EmbedTokensBackward& a, const Dropout& dropout, RowBuffers& buffers, int64_t row, float* sums) {
+    const EmbedTokensBackward& a, const Dropout& dropout, RowBuffers& buffers, int64_t row,
+    const Summands<T>& summands, float* sums) {
   const int width = int(a.width);
   const T* __restrict grad = static_cast<const T*>(a.grad) + row * a.grad_stride;
   const T* __restrict weight = static_cast<const T*>(a.weight);
@@ -71,7 +83,7 @@ HOST_DEVICE void backward_row(
   const uint16_t* lanes = buffers.lanes();
   const float mean = a.mean[row], rstd = a.rstd[row];
   if constexpr (kDrops) buffers.draw(dropout, a.dropout.row_keys[row], width);
-  gather<T>(a, row, normal);
+  gather(summands, width, normal);
   float sum_weighted = 0, sum_product = 0;
   for (int first = 0; first < width; first += kPiece) {
     const int last = std::min(first + kPiece, width);
@@ -102,8 +114,10 @@ HOST_DEVICE void backward_part(const EmbedTokensBackward& a, RowBuffers& buffers
   float* sums = a.partials + part * kEmbedSums * a.width;
   for (int64_t i = 0; i < kEmbedSums * a.width; ++i) sums[i] = 0;
   const int64_t last = first_row_of_part(part + 1, a.parts, a.rows);
-  for (int64_t row = first_row_of_part(part, a.parts, a.rows); row < last; ++row)
-    backward_row<kDrops, T>(a, dropout, buffers, row, sums);
+  const int64_t first = first_row_of_part(part, a.parts, a.rows);
+  for_rows<T>(a, first, last, [&](int64_t row, const Summands<T>& summands) __attribute__((always_inline)) {
+    backward_row<kDrops, T>(a, dropout, buffers, row, summands, sums);
+  });
 }
 
 template <bool kDrops, class T>
