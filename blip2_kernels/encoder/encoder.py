@@ -31,9 +31,12 @@ from .modules import (
     changes,
     checkpoints,
     drops,
+    first_norm_owner,
     hinders,
-    norm_reason,
+    image_hinders,
+    image_norm_reason,
     projections_reason,
+    row_hinders,
 )
 from .plan import Architecture, Plan, Saving, Workload, table
 from .rows import EncodedRows
@@ -199,7 +202,8 @@ class FusedEncoder:
             came = "requires_grad=True" if image_gradients else "requires_grad=False"
             raise ValueError(f"frozen: expected {not frozen} for features with {came}, got {frozen}")
 
-        changed = hinders(self.qformer, [bypass_reason(layer) for layer in layers]).some_images
+        whole = [bypass_reason(layer) if hasattr(layer, "crossattention") else None for layer in layers]
+        changed = next(filter(None, image_hinders(layers, whole)), None)
         source = self._source(features, norm, image_gradients, changed is not None)
         absorbed = self._absorbs(source, query_rows, changed)
         checkpointed = checkpoints(self.qformer)
@@ -244,7 +248,7 @@ class FusedEncoder:
         if norm is None:
             return ImageFeatures(features)
         features = features.to(norm.weight.dtype)
-        if self.plan.no_image_gradient(image_gradients, norm_reason(norm)).applies:
+        if self.plan.no_image_gradient(image_gradients, image_norm_reason(norm)).applies:
             return ImageFeatures.normalized(features, norm, keep_whole=keep_whole)
         return ImageFeatures(norm(features))
 
@@ -342,8 +346,7 @@ class FusedEncoder:
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)
 
-        inside = getattr(self.qformer, "layernorm", None) is None
-        owner = self.qformer.embeddings if inside else self.qformer
+        owner = first_norm_owner(self.qformer)
         drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
         hidden = first_rows(
             owner.layernorm,
@@ -438,9 +441,9 @@ class FusedEncoder:
             keep_queries=keep_queries,
             keep_texts=keep_texts,
         )
-        changed = hinders(self.qformer, whole)
-        early = some_rows and self.plan.dead_rows(work, changed.last_layer).applies
-        return self.plan.shared_first_layer(work, changed.first_layer).applies, early
+        first, last = row_hinders(whole)
+        early = some_rows and self.plan.dead_rows(work, last).applies
+        return self.plan.shared_first_layer(work, first).applies, early
 
     def _check(
         self,

@@ -15,7 +15,7 @@ from .. import extension
 from ..ops import add_layer_norm, bias_gelu
 from ..ops.linear import linear
 from ..ops.philox import Site, dropout_hidden
-from .modules import call_linear, plain_reason
+from .modules import affine_reason, call_linear, plain_reason
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,7 @@ def _norm_is_fused(norm: nn.Module, residual: Tensor) -> bool:
 
 def norm_reason(norm: nn.Module) -> str | None:
     """None where a LayerNorm may be computed by a compiled operator, else why not."""
-    reason = plain_reason(norm, nn.LayerNorm)
-    if reason is None and (norm.weight is None or norm.bias is None):
-        reason = "has no weight and bias"
+    reason = affine_reason(norm)
     if reason is None and norm.weight.dtype == torch.float64:
         reason = "is in float64"
     return reason

@@ -130,12 +130,45 @@ def projections_reason(attention: nn.Module) -> str | None:
     return None
 
 
-def norm_reason(norm: nn.Module) -> str | None:
-    """None where the weight and bias of an image norm may be read, else why not."""
+def affine_reason(norm: nn.Module) -> str | None:
+    """None where a LayerNorm is an untouched one whose weight and bias may be read, else why not."""
     reason = plain_reason(norm, nn.LayerNorm)
     if reason is None and (norm.weight is None or norm.bias is None):
         reason = "has no weight and bias"
+    return reason
+
+
+def image_norm_reason(norm: nn.Module) -> str | None:
+    """The same of an image norm, named as such."""
+    reason = affine_reason(norm)
     return reason and f"the image norm {reason}"
+
+
+def first_norm_owner(qformer: nn.Module) -> nn.Module:
+    """The module that holds the LayerNorm and dropout which all rows pass first: the Q-Former of BLIP-2, the
+    embeddings of InstructBLIP's."""
+    return qformer.embeddings if getattr(qformer, "layernorm", None) is None else qformer
+
+
+def row_hinders(whole: Sequence[str | None]) -> tuple[str | None, str | None]:
+    """Why the first and the last layer cannot compute fewer rows, from the `bypass_reason` of each layer."""
+    if not whole:
+        return "there is no layer", "there is no layer"
+    first, last = _called_whole(0, whole), _called_whole(len(whole) - 1, whole)
+    if len(whole) == 1:
+        first = first or "there is one layer, which is the last too"
+    return first, last
+
+
+def image_hinders(layers: Sequence[nn.Module], whole: Sequence[str | None]) -> Iterator[str | None]:
+    """Of each layer with cross-attention, why its image projections cannot be read past."""
+    for number, layer in enumerate(layers):
+        if hasattr(layer, "crossattention"):
+            reason = _called_whole(number, whole)
+            if reason is None:
+                own = projections_reason(layer.crossattention.attention)
+                reason = own and f"the image {own} in layer {number}"
+            yield reason
 
 
 def hinders(qformer: nn.Module, whole: Sequence[str | None], norm: nn.Module | None = None) -> Hinders:
@@ -147,28 +180,22 @@ def hinders(qformer: nn.Module, whole: Sequence[str | None], norm: nn.Module | N
         norm: the image norm, if one is read.
     """
     layers = qformer.encoder.layer
-    called = [reason and f"layer {number} is called whole: {reason}" for number, reason in enumerate(whole)]
-    crossing = [number for number, layer in enumerate(layers) if hasattr(layer, "crossattention")]
-    reasons = [(called[i], projections_reason(layers[i].crossattention.attention)) for i in crossing]
-    images = [
-        layer or (own and f"the image {own} in layer {i}")
-        for i, (layer, own) in zip(crossing, reasons, strict=True)
-    ]
-    by_layer = [layer for layer, _ in reasons]
-    first: str | None = "there is no layer"
-    last = first
-    if called:
-        first, last = called[0], called[-1]
-        if len(called) == 1:
-            first = first or "there is one layer, which is the last too"
+    images = list(image_hinders(layers, whole))
+    called = [_called_whole(i, whole) for i, layer in enumerate(layers) if hasattr(layer, "crossattention")]
+    first, last = row_hinders(whole)
     return Hinders(
         first_layer=first,
         last_layer=last,
         some_images=next(filter(None, images), None),
         every_image=images[0] if images and all(images) else None,
-        every_layer=by_layer[0] if by_layer and all(by_layer) else None,
-        image_norm=None if norm is None else norm_reason(norm),
+        every_layer=called[0] if called and all(called) else None,
+        image_norm=None if norm is None else image_norm_reason(norm),
     )
+
+
+def _called_whole(number: int, whole: Sequence[str | None]) -> str | None:
+    reason = whole[number]
+    return reason and f"layer {number} is called whole: {reason}"
 
 
 def changes(qformer: nn.Module, whole: Sequence[str | None], *, joined: bool) -> list[str]:
