@@ -22,9 +22,10 @@ from transformers.models.instructblipvideo.modeling_instructblipvideo import Ins
 from transformers.utils import output_capturing
 
 from .checks import describe
-from .encoder import FusedEncoder, LayerCall
-from .encoder.modules import plain_reason, touched
-from .encoder.padded import encode_padded
+from .encoder import LayerCall
+from .encoder.modules import first_norm_owner, plain_reason, touched
+from .encoder.owner import OwnsFusedEncoder
+from .encoder.padded import encode_padded, is_expanded
 
 __all__ = ["fuse", "fused", "unfuse"]
 
@@ -33,7 +34,7 @@ Output = BaseModelOutputWithPoolingAndCrossAttentions
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _FusedQFormer:
+class _FusedQFormer(OwnsFusedEncoder):
     """What fused Q-Formers have in common. Each also inherits from its `original`, the class it had.
 
     `__name__` is the original's, which is what transformers prints and writes into configurations; pickles
@@ -47,22 +48,29 @@ class _FusedQFormer:
         if "original" in cls.__dict__:
             cls.__name__ = cls.original.__name__
 
-    @property
-    def fused_encoder(self) -> FusedEncoder:
-        """The encoder that reads this module's parameters, made on first use: its plan can be asked and
-        forced, and `prepare_inference()` called."""
-        if "_fused_encoder" not in self.__dict__:
-            # Past nn.Module.__setattr__: the encoder refers back to this module and is no child of it.
-            self.__dict__["_fused_encoder"] = FusedEncoder(self, _call_layer)
-        return self.__dict__["_fused_encoder"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the encoder, which belongs to this module and not to its copies."""
-        return {name: value for name, value in self.__dict__.items() if name != "_fused_encoder"}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)
         _let_outputs_be_recorded(self)
+
+    @staticmethod
+    def call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
+        """A layer of transformers' Q-Former called as the module it is, for the fused encoder."""
+        masks = [call.allowed, call.image_allowed]
+        if layer.attention.attention.config._attn_implementation == "eager":
+            lowest = torch.finfo(call.hidden.dtype).min
+            masks = [
+                None
+                if each is None
+                else torch.zeros_like(each, dtype=call.hidden.dtype).masked_fill(~each, lowest)
+                for each in masks
+            ]
+        return layer(
+            call.hidden,
+            masks[0],
+            call.features,
+            encoder_attention_mask=masks[1],
+            query_length=call.num_queries,
+        )
 
     def _plain_reason(self, attention_mask: Any, query_length: int, options: dict[str, Any]) -> str | None:
         """Why transformers' own `forward` has to serve a call; None where the fused encoder does."""
@@ -86,12 +94,11 @@ class _FusedQFormer:
     @property
     def _changed(self) -> str | None:
         """What was changed around the layers (what was changed in them, the encoder sees itself)."""
-        inside = getattr(self, "layernorm", None) is None
-        owner = self.embeddings if inside else self
-        parts = {"encoder": self.encoder, "embeddings": self.embeddings if inside else None}
+        owner = first_norm_owner(self)
+        parts = {"encoder": self.encoder} | ({} if owner is self else {"embeddings": owner})
         for name, part in parts.items():
-            reason = part is not None and touched(part)
-            if reason:
+            reason = touched(part)
+            if reason is not None:
                 return f"{name} {reason}"
         reason = plain_reason(owner.dropout, nn.Dropout)
         if reason is not None:
@@ -125,9 +132,9 @@ class _FusedQFormer:
         if attention_mask is not None:
             attention_mask = attention_mask.expand(samples, -1)[:, count:] != 0
         if text is not None:
-            text = text.expand(samples, -1, -1)
-        if queries is not None and queries.shape[0] != 1 and queries.stride(0) == 0:
-            queries = queries[:1]  # expanded: every sample has the same
+            text = text.to(self._dtype).expand(samples, -1, -1)
+        if queries is not None:
+            queries = (queries[:1] if is_expanded(queries) else queries).to(self._dtype)
         rows = encode_padded(
             encoder,
             queries,
@@ -143,8 +150,7 @@ class _FusedQFormer:
 
     @property
     def _dtype(self) -> torch.dtype:
-        norm = getattr(self, "layernorm", None)
-        return (self.embeddings.layernorm if norm is None else norm).weight.dtype
+        return first_norm_owner(self).layernorm.weight.dtype
 
 
 class FusedBlip2QFormerModel(_FusedQFormer, Blip2QFormerModel):
@@ -176,10 +182,9 @@ class FusedBlip2QFormerModel(_FusedQFormer, Blip2QFormerModel):
                 encoder_attention_mask,
                 **kwargs,
             )
-        rows = query_embeds.to(self._dtype)
         return self._encode(
-            rows[:, :count] if count else None,
-            rows[:, count:] if count < rows.shape[1] else None,
+            query_embeds[:, :count] if count else None,
+            query_embeds[:, count:] if count < query_embeds.shape[1] else None,
             attention_mask,
             encoder_hidden_states,
             encoder_attention_mask,
@@ -222,9 +227,9 @@ class _FusedInstructQFormer(_FusedQFormer):
             if position_ids is None:
                 position_ids = embeddings.position_ids[:, : input_ids.shape[1]]
             text = embeddings.word_embeddings(input_ids)
-            text = (text + embeddings.position_embeddings(position_ids.to(text.device))).to(self._dtype)
+            text = text + embeddings.position_embeddings(position_ids.to(text.device))
         return self._encode(
-            None if query_embeds is None else query_embeds.to(self._dtype),
+            query_embeds,
             text,
             attention_mask,
             encoder_hidden_states,
@@ -343,26 +348,6 @@ def _hidden_queries(attention_mask: Tensor | None, count: int) -> str | None:
         torch._assert_async(shown, "attention_mask: expected no hidden query in a compiled model")
         return None
     return None if bool(shown) else "attention_mask hides queries"
-
-
-def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
-    """A layer of transformers' Q-Former called as the module it is, for the fused encoder."""
-    masks = [call.allowed, call.image_allowed]
-    if layer.attention.attention.config._attn_implementation == "eager":
-        lowest = torch.finfo(call.hidden.dtype).min
-        masks = [
-            None
-            if each is None
-            else torch.zeros_like(each, dtype=call.hidden.dtype).masked_fill(~each, lowest)
-            for each in masks
-        ]
-    return layer(
-        call.hidden,
-        masks[0],
-        call.features,
-        encoder_attention_mask=masks[1],
-        query_length=call.num_queries,
-    )
 
 
 def _let_outputs_be_recorded(module: Any) -> None:

@@ -6,7 +6,6 @@ dense masks, one module after the other (`qformer_layers.py`). `use_fused=True` 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,10 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
-from blip2_kernels.encoder import FusedEncoder, ImageKeyValues, LayerCall
+from blip2_kernels.encoder import ImageKeyValues, LayerCall
 from blip2_kernels.encoder.modules import checkpoints, drops, qformer_reason
-from blip2_kernels.encoder.padded import encode_padded
+from blip2_kernels.encoder.owner import OwnsFusedEncoder
+from blip2_kernels.encoder.padded import encode_padded, is_expanded
 from blip2_kernels.layout import CAPTION_STREAM, MASK_DTYPES, TEXT_STREAM, padded_row_keys
 from blip2_kernels.mask import MaskMode
 from blip2_kernels.ops.philox import Site, draw_key
@@ -69,7 +69,7 @@ class QFormerOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
-class QFormerModel(nn.Module):
+class QFormerModel(OwnsFusedEncoder, nn.Module):
     """Q-Former of BLIP-2 (`Blip2QFormerConfig`) or InstructBLIP (`InstructBlipQFormerConfig`).
 
     State dicts of transformers' `Blip2QFormerModel` and `InstructBlipQFormerModel` load with no renaming.
@@ -131,23 +131,29 @@ class QFormerModel(nn.Module):
         return self.embeddings.dropout if self.is_instruct else self.dropout
 
     @property
-    def fused_encoder(self) -> FusedEncoder:
-        """The `FusedEncoder` that reads this module's parameters, made on first use."""
-        if "_fused_encoder" not in self.__dict__:
-            # Past nn.Module.__setattr__: the encoder refers back to this module and must not become its
-            # child.
-            self.__dict__["_fused_encoder"] = FusedEncoder(self, _call_layer)
-        return self.__dict__["_fused_encoder"]
-
-    @property
     def called_reason(self) -> str | None:
         """None where models may hand rows to `fused_encoder` past this module, else why they must call it."""
         return qformer_reason(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the fused encoder, which belongs to this module and not to its copies."""
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
-        return {name: value for name, value in state.items() if name != "_fused_encoder"}
+    @staticmethod
+    def call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
+        """A `QFormerLayer` called as the module it is, for the fused encoder."""
+        dropout = None
+        if call.dropout_key is not None:
+            image_keys = None
+            if call.features is not None:
+                tokens = call.features.shape[1]
+                image_keys = torch.arange(tokens, dtype=torch.int32, device=call.hidden.device)
+            dropout = DropoutContext(call.dropout_key, call.row_keys, call.row_keys, image_keys)
+        return layer(
+            call.hidden,
+            call.allowed,
+            call.num_queries,
+            call.features,
+            call.image_allowed,
+            None,
+            dropout,
+        )[0]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Compute the layers again in the backward instead of keeping what they need, on both paths.
@@ -236,7 +242,7 @@ class QFormerModel(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
         """
-        same_queries = isinstance(query_embeds, Tensor) and _is_expanded(query_embeds)
+        same_queries = isinstance(query_embeds, Tensor) and is_expanded(query_embeds)
         hidden, query_length = self._embed(
             query_embeds, input_ids, position_ids, query_length, past_key_values
         )
@@ -439,31 +445,6 @@ class QFormerModel(nn.Module):
             )
         features = features.to(self.embedding_layernorm.weight.dtype)
         return features, None if mask is None else mask != 0
-
-
-def _call_layer(layer: nn.Module, call: LayerCall) -> Tensor:
-    """A `QFormerLayer` called as the module it is, for the fused encoder."""
-    dropout = None
-    if call.dropout_key is not None:
-        image_keys = None
-        if call.features is not None:
-            tokens = call.features.shape[1]
-            image_keys = torch.arange(tokens, dtype=torch.int32, device=call.hidden.device)
-        dropout = DropoutContext(call.dropout_key, call.row_keys, call.row_keys, image_keys)
-    return layer(
-        call.hidden,
-        call.allowed,
-        call.num_queries,
-        call.features,
-        call.image_allowed,
-        None,
-        dropout,
-    )[0]
-
-
-def _is_expanded(t: Tensor) -> bool:
-    """Whether all samples of a batch are one."""
-    return t.dim() > 0 and (t.shape[0] == 1 or t.stride(0) == 0)
 
 
 def _expand_to_images(hidden: Tensor, image: Tensor | None) -> Tensor:

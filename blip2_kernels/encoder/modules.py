@@ -6,6 +6,7 @@ silence, so a module is gone around only while it is exactly what it was built a
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def image_norm_reason(norm: nn.Module) -> str | None:
     return reason and f"the image norm {reason}"
 
 
-def first_norm_owner(qformer: nn.Module) -> nn.Module:
+def first_norm_owner(qformer: nn.Module) -> Any:
     """The module that holds the LayerNorm and dropout which all rows pass first: the Q-Former of BLIP-2, the
     embeddings of InstructBLIP's."""
     return qformer.embeddings if getattr(qformer, "layernorm", None) is None else qformer

@@ -12,6 +12,11 @@ from .images import ImageKeyValues
 from .plan import Saving
 
 
+def is_expanded(t: Tensor) -> bool:
+    """Whether all samples of a batch [S, ...] are one."""
+    return t.dim() > 0 and (t.shape[0] == 1 or t.stride(0) == 0)
+
+
 def encode_padded(
     encoder: FusedEncoder,
     queries: Tensor | None,
