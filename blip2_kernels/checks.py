@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+
 
 def describe(value: object) -> str:
     """What came, in the words of an error message: dtype and shape of a tensor, type of anything else."""
@@ -19,7 +22,7 @@ def describe(value: object) -> str:
 def check_tensor(
     name: str,
     value: object,
-    shape: Sequence[int | str],
+    shape: Sequence[int | str] | None,
     dtypes: Sequence[torch.dtype] = (),
     device: torch.device | None = None,
 ) -> Tensor:
@@ -28,7 +31,7 @@ def check_tensor(
     Args:
         name: the argument's name, for the message.
         value: what the caller passed.
-        shape: one entry a dimension: an int must match, a str only names a free dimension.
+        shape: one entry a dimension: an int must match, a str only names a free dimension; None for any.
         dtypes: admissible dtypes; empty for any.
         device: where the tensor must live; None for anywhere.
 
@@ -36,6 +39,8 @@ def check_tensor(
         TypeError: not a tensor, or of another dtype.
         ValueError: another rank, size or device.
     """
+    if shape is None:
+        shape = value.shape if isinstance(value, Tensor) else ["..."]
     if isinstance(value, Tensor):
         got = value.shape
         fits = len(got) == len(shape)
@@ -91,6 +96,40 @@ def values_are_free(device: torch.device) -> bool:
     """Whether looking at the values of a device's tensors costs nothing: on the CPU, and outside compilation,
     which would have to stop for it."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def can_look(device: torch.device, force: bool) -> bool:
+    """Whether to look at values: on a device only when asked to, and never while a graph is traced."""
+    return values_are_free(device) or (force and not torch.compiler.is_compiling())
+
+
+def check_range(
+    name: str, values: Tensor, size: int, *, ignored: int | None = None, force: bool = False
+) -> None:
+    """Check that integers, such as token ids or labels, are in [0, size).
+
+    Args:
+        name: the argument's name, for the message.
+        values: integers of any shape.
+        size: of what they number.
+        ignored: a value that is admissible too.
+        force: look at a device tensor, at the price of a synchronisation; by default only a CPU tensor is
+            looked at. While a graph is compiled none is.
+
+    Raises:
+        ValueError: another value was found; the message names one.
+    """
+    if not can_look(values.device, force) or not values.numel():
+        return
+    if ignored is None:
+        low, high = map(int, values.aminmax())
+        wrong = [] if low >= 0 and high < size else [low if low < 0 else high]
+        expected = f"values in [0, {size})"
+    else:
+        wrong = values[((values < 0) & (values != ignored)) | (values >= size)].tolist()
+        expected = f"{ignored} or values in [0, {size})"
+    if wrong:
+        raise ValueError(f"{name}: expected {expected}, got {wrong[0]}")
 
 
 def check_binary(name: str, mask: Tensor, *, force: bool = False) -> None:

@@ -17,7 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import check_binary, check_int, check_tensor, describe, values_are_free
+from .checks import (
+    INTEGERS,
+    check_binary,
+    check_int,
+    check_range,
+    check_tensor,
+    describe,
+    values_are_free,
+)
 from .device_errors import error_count, raise_if_set
 
 QUERY_STREAM = 0
@@ -42,7 +50,6 @@ MASK_DTYPES = (
     torch.float16,
     torch.bfloat16,
 )
-INTEGERS = (torch.int64, torch.int32)
 
 Selection = Literal["all", "first", "last", "none"]
 
@@ -64,12 +71,7 @@ def row_keys(stream: int, samples: Tensor, ordinals: Tensor) -> Tensor:
     """
     check_int("stream", stream, 0, MAX_STREAMS - 1)
     for name, numbers, limit in (("samples", samples, MAX_SAMPLES), ("ordinals", ordinals, MAX_ORDINALS)):
-        shape = numbers.shape if isinstance(numbers, Tensor) else ["..."]
-        check_tensor(name, numbers, shape, INTEGERS)
-        if values_are_free(numbers.device) and numbers.numel():
-            low, high = int(numbers.min()), int(numbers.max())
-            if low < 0 or high >= limit:
-                raise ValueError(f"{name}: expected values in [0, {limit}), got {low if low < 0 else high}")
+        check_range(name, check_tensor(name, numbers, None, INTEGERS), limit)
     return _row_keys(stream, samples, ordinals)
 
 

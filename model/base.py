@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2_kernels.checks import check_binary, check_int, check_tensor, describe, values_are_free
+from blip2_kernels.checks import check_binary, check_int, check_range, check_tensor, describe, values_are_free
 from blip2_kernels.encoder import ImageKeyValues, Saving
 from blip2_kernels.layout import MASK_DTYPES, MAX_ORDINALS, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
@@ -21,7 +21,7 @@ from .config import Blip2PreTrainingConfig
 from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel, TextEmbeddings
 from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
-from .qformer_text import FLOATING, TOKEN_IDS, check_ids
+from .qformer_text import FLOATING, TOKEN_IDS, check_text_length
 
 
 @contextmanager
@@ -293,10 +293,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
                 )
         else:
             check_tensor("image_index", image_index, [samples], TOKEN_IDS)
-            if values_are_free(image_index.device) and samples:
-                worst = int(image_index.min()) if int(image_index.min()) < 0 else int(image_index.max())
-                if not 0 <= worst < len(images):
-                    raise ValueError(f"image_index: expected values in [0, {len(images)}), got {worst}")
+            check_range("image_index", image_index, len(images))
         num_queries = self.query_tokens.shape[1]
         if images.key_values is None:
             text = self.embeddings(input_ids)
@@ -338,13 +335,8 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
         if 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected at least one token of one text, got {describe(input_ids)}")
-        positions = self.config.qformer.max_position_embeddings
-        if input_ids.shape[1] > positions:
-            raise ValueError(
-                f"input_ids: expected at most {positions} tokens (max_position_embeddings), got "
-                f"{input_ids.shape[1]}"
-            )
-        check_ids("input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
+        check_text_length("input_ids", input_ids, self.config.qformer.max_position_embeddings)
+        check_range("input_ids", input_ids, self.embeddings.word_embeddings.num_embeddings)
         if attention_mask is None:
             return torch.ones_like(input_ids)
         check_tensor("attention_mask", attention_mask, input_ids.shape, MASK_DTYPES)

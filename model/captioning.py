@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_int, check_range, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
 from .base import Blip2Base, evaluation_mode
 from .language_model import check_sampling
 from .qformer import QFormerCache
-from .qformer_text import TOKEN_IDS, check_ids
+from .qformer_text import TOKEN_IDS
 
 
 class CaptionConfig(PreTrainedConfig):
@@ -278,7 +278,7 @@ def _start(
     check_tensor("prompt_ids", prompt_ids, ["batch", "tokens"], TOKEN_IDS, device)
     if prompt_ids.shape[0] not in (1, batch):
         raise ValueError(f"prompt_ids: expected [{batch} or 1, tokens], got {list(prompt_ids.shape)}")
-    check_ids("prompt_ids", prompt_ids, model.config.qformer.vocab_size)
+    check_range("prompt_ids", prompt_ids, model.config.qformer.vocab_size)
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids)
     check_tensor("prompt_mask", prompt_mask, prompt_ids.shape, MASK_DTYPES, device)

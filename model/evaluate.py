@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2_kernels.checks import check_int, describe
+from blip2_kernels.checks import check_int, check_range, describe
 
 IGNORED = -100
 
@@ -169,10 +169,7 @@ def choice_accuracy(scores: Tensor, correct: Tensor | int = 0) -> dict[str, floa
     if right.is_floating_point() or right.shape not in ((), scores.shape[:1]):
         raise ValueError(f"correct: expected an int or integers [{scores.shape[0]}], got {describe(right)}")
     right = right.expand(scores.shape[0])
-    low, high = int(right.min()), int(right.max())
-    if low < 0 or high >= scores.shape[1]:
-        got = low if low < 0 else high
-        raise ValueError(f"correct: expected values in [0, {scores.shape[1]}), got {got}")
+    check_range("correct", right, scores.shape[1], force=True)
     positives = F.one_hot(right.long(), scores.shape[1]).bool()
     return {"accuracy": float((ranks(scores, positives) == 1).double().mean()), "chance": 1 / scores.shape[1]}
 
@@ -239,11 +236,7 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"logits, labels: expected [B, T, V] and [B, T], got "
             f"{list(logits.shape)} and {list(labels.shape)}"
         )
-    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= logits.shape[2])]
-    if wrong.numel():
-        raise ValueError(
-            f"labels: expected {IGNORED} or values in [0, {logits.shape[2]}), got {wrong[0].item()}"
-        )
+    check_range("labels", labels, logits.shape[2], ignored=IGNORED, force=True)
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten().long(), ignore_index=IGNORED, reduction="none"
     )

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from blip2_kernels.checks import check_binary, check_tensor, describe, values_are_free
+from blip2_kernels.checks import check_binary, check_range, check_tensor, describe
 from blip2_kernels.encoder import Saving
 from blip2_kernels.layout import MASK_DTYPES
 
@@ -32,7 +32,7 @@ from .language_model import (
     limit_new_tokens,
     position_limit,
 )
-from .qformer_text import TOKEN_IDS, check_ids
+from .qformer_text import TOKEN_IDS
 from .soft_prompt import SoftPromptModel, check_text, copy_weights
 from .supervised_rows import supervised_row_loss
 from .text_rows import front_order, labels_behind_prompt, move_padding_to_front, split_prefix
@@ -357,7 +357,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         if decoder_input_ids is not None:
             check_tensor("decoder_input_ids", decoder_input_ids, [batch, length], TOKEN_IDS)
             self._check_decoder_length("decoder_input_ids", decoder_input_ids)
-            check_ids("decoder_input_ids", decoder_input_ids, self._vocabulary)
+            check_range("decoder_input_ids", decoder_input_ids, self._vocabulary)
             inputs["decoder_input_ids"] = decoder_input_ids
             length = decoder_input_ids.shape[1]
         if decoder_attention_mask is not None:
@@ -455,7 +455,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
                 f"{self.position_limit}), got {input_ids.shape[1]}"
             )
         embedding = self.language_model.get_input_embeddings()
-        check_ids("input_ids", input_ids, self._vocabulary)
+        check_range("input_ids", input_ids, self._vocabulary)
         text = embedding(input_ids.to(embedding.weight.device))
         soft_prompt = soft_prompt.to(text.device, text.dtype)
         mask = attention_mask.to(text.device, torch.int64)
@@ -494,13 +494,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
 
     def _check_labels(self, labels: Tensor, shape: list[int | str]) -> None:
         check_tensor("labels", labels, shape, TOKEN_IDS)
-        vocabulary = self._vocabulary
-        if values_are_free(labels.device):
-            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= vocabulary)]
-            if wrong.numel():
-                raise ValueError(
-                    f"labels: expected -100 or values in [0, {vocabulary}), got {wrong[0].item()}"
-                )
+        check_range("labels", labels, self._vocabulary, ignored=-100)
 
     @staticmethod
     def _check_supervised(rows: Tensor, labels: Tensor) -> None:

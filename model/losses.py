@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2_kernels.checks import (
+    FLOATING,
     check_binary,
     check_int,
     check_probability,
+    check_range,
     check_tensor,
     describe,
     values_are_free,
@@ -22,7 +24,7 @@ from blip2_kernels.layout import MASK_DTYPES
 
 from .config import ITC_GRADIENTS, LM_NORMALISATIONS, check_choice
 from .distributed import all_gather, all_gather_with_grad, get_world_size, global_sum
-from .qformer_text import FLOATING, TOKEN_IDS
+from .qformer_text import TOKEN_IDS
 
 IGNORE_INDEX = -100
 
@@ -188,13 +190,7 @@ def caption_loss(
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
     """Labels int64 [...] of logits [..., classes]: -100 or a class."""
     check_tensor("labels", labels, logits.shape[:-1], [torch.int64], logits.device)
-    if values_are_free(labels.device):
-        classes = logits.shape[-1]
-        wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= classes)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels: expected {IGNORE_INDEX} or values in [0, {classes}), got {wrong[0].item()}"
-            )
+    check_range("labels", labels, logits.shape[-1], ignored=IGNORE_INDEX)
 
 
 def _sum_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

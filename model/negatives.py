@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_int, check_tensor, describe, values_are_free
+from blip2_kernels.checks import INTEGERS, check_int, check_tensor, describe, values_are_free
 
 from .distributed import all_gather, get_rank, get_world_size
 
 Negatives = tuple[Tensor, Tensor]
-INDEX_DTYPES = (torch.int64, torch.int32)
+INDEX_DTYPES = INTEGERS
 NO_NEGATIVE = -1
 
 

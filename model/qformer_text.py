@@ -6,10 +6,9 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.activations import ACT2FN
 
-from blip2_kernels.checks import check_int, check_tensor, values_are_free
+from blip2_kernels.checks import FLOATING, INTEGERS, check_int, check_range, check_tensor
 
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-TOKEN_IDS = (torch.int64, torch.int32)
+TOKEN_IDS = INTEGERS
 
 
 class TextEmbeddings(nn.Module):
@@ -45,7 +44,7 @@ class TextEmbeddings(nn.Module):
         check_int("past_length", past_length, 0)
         batch, length = input_ids.shape
         positions = self.position_embeddings.num_embeddings
-        check_ids("input_ids", input_ids, self.word_embeddings.num_embeddings)
+        check_range("input_ids", input_ids, self.word_embeddings.num_embeddings)
         if position_ids is None:
             if past_length + length > positions:
                 raise ValueError(
@@ -59,7 +58,7 @@ class TextEmbeddings(nn.Module):
                 raise ValueError(
                     f"position_ids: expected [{batch} or 1, {length}], got {list(position_ids.shape)}"
                 )
-            check_ids("position_ids", position_ids, positions)
+            check_range("position_ids", position_ids, positions)
         return self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
 
     def forward(
@@ -134,14 +133,9 @@ class LMHead(nn.Module):
         return F.linear(self.transform(hidden_states), word_embeddings, self.bias)
 
 
-def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """Check that ids are in [0, size), on the CPU, where looking costs no synchronisation.
-
-    Raises:
-        ValueError: one is not; the message names it.
-    """
-    if not values_are_free(ids.device) or not ids.numel():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected values in [0, {size}), got {low if low < 0 else high}")
+def check_text_length(name: str, ids: Tensor, positions: int) -> None:
+    """Refuse token ids [B, T] with more columns than a position table has rows."""
+    if ids.shape[1] > positions:
+        raise ValueError(
+            f"{name}: expected at most {positions} tokens (max_position_embeddings), got {ids.shape[1]}"
+        )

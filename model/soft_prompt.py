@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2_kernels.checks import check_binary, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_range, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
 from .generation_config import Blip2GenerationConfig
 from .gradient_checkpointing import CheckpointsQFormer
 from .qformer import QFormerModel
-from .qformer_text import FLOATING, TOKEN_IDS, check_ids
+from .qformer_text import FLOATING, TOKEN_IDS, check_text_length
 from .vision import FrozenVisionEncoder
 
 __all__ = ["SoftPromptModel", "check_text", "copy_weights"]
@@ -117,12 +117,8 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
         else:
             mask = check_text("qformer_", qformer_input_ids, qformer_attention_mask, batch)
             positions = self.config.qformer.max_position_embeddings
-            if qformer_input_ids.shape[1] > positions:
-                raise ValueError(
-                    f"qformer_input_ids: expected at most {positions} tokens (max_position_embeddings), got "
-                    f"{qformer_input_ids.shape[1]}"
-                )
-            check_ids("qformer_input_ids", qformer_input_ids, self.config.qformer.vocab_size)
+            check_text_length("qformer_input_ids", qformer_input_ids, positions)
+            check_range("qformer_input_ids", qformer_input_ids, self.config.qformer.vocab_size)
             text = {"input_ids": qformer_input_ids, "text_mask": mask}
         features = features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype)
         images: dict[str, Any]

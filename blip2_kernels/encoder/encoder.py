@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_binary, check_int, check_tensor, describe
+from ..checks import INTEGERS, check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
-from ..ops.embed_tokens.api import TOKEN_IDS
 from ..ops.image_arguments import check_image_index
 from ..ops.philox import Site, draw_key
 from .embeddings import first_rows
@@ -470,7 +469,7 @@ class FusedEncoder:
             if embeddings is None:
                 check_tensor(f"texts[{i}]", text, [segment.rows, hidden], device=layout.device)
             else:
-                check_tensor(f"texts[{i}]", text, [layout.samples, segment.width], TOKEN_IDS, layout.device)
+                check_tensor(f"texts[{i}]", text, [layout.samples, segment.width], INTEGERS, layout.device)
         if not layout.num_queries:
             given = {"queries": queries, "images": images, "image_index": image_index}
             for name, value in given.items():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_binary, check_tensor, describe, values_are_free
+from ..checks import can_look, check_binary, check_tensor, describe
 from ..layout import MASK_DTYPES
 
 EVERY, LENGTHS, MASK = 0, 1, 2
@@ -42,7 +42,7 @@ def check_image_index(index: object, samples: int, images: int, device: torch.de
     check_tensor("image_index", index, [samples], [torch.int32], device)
     if samples and not images:
         raise ValueError(f"image_index: expected int32 [0] where there is no image, got {describe(index)}")
-    if _can_look(device, validate) and samples:
+    if can_look(device, validate) and samples:
         low, high = index.aminmax()
         if low < 0 or high >= images:
             raise ValueError(f"image_index: expected {expected}, got values in [{low}, {high}]")
@@ -61,11 +61,11 @@ def check_image_tokens(
         raise ValueError("image_mask: expected None beside image_lengths, got both")
     if mask is not None:
         checked = check_tensor("image_mask", mask, [images, tokens], MASK_DTYPES, device)
-        if _can_look(device, validate):
+        if can_look(device, validate):
             check_binary("image_mask", checked, force=True)
     if lengths is not None:
         checked = check_tensor("image_lengths", lengths, [images], [torch.int32], device)
-        if _can_look(device, validate) and images:
+        if can_look(device, validate) and images:
             low, high = checked.aminmax()
             if low < 0 or high > tokens:
                 expected = f"values in [0, {tokens}]"
@@ -79,8 +79,3 @@ def visible_tokens(lengths: Tensor | None, mask: Tensor | None, tokens: int) -> 
     if lengths is not None:
         return torch.arange(tokens, device=lengths.device) < lengths[:, None]
     return None
-
-
-def _can_look(device: torch.device, validate: bool) -> bool:
-    """Whether to look at values: on a device only when asked to, and never while a graph is traced."""
-    return values_are_free(device) or (validate and not torch.compiler.is_compiling())

@@ -22,9 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_probability, check_tensor, describe, values_are_free
+from ..checks import FLOATING, check_int, check_probability, check_tensor, describe, values_are_free
 
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LANES = 8
 LEVELS = 1 << 16
 CHUNK = 1 << 15
@@ -127,7 +126,7 @@ def hidden_keep_mask(
         TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
     """
     _check_common(key, layer, site)
-    _check_names("row_keys", row_keys)
+    check_tensor("row_keys", row_keys, None, [torch.int32])
     check_int("channels", channels, 0)
     check_probability("p", p)
     groups = torch.arange((channels + LANES - 1) // LANES, device=row_keys.device)
@@ -156,7 +155,7 @@ def attention_keep_mask(
     """
     _check_common(key, layer, site)
     check_tensor("query_keys", query_keys, ["B", "Lq"], [torch.int32])
-    _check_names("key_keys", key_keys)
+    check_tensor("key_keys", key_keys, None, [torch.int32])
     if key_keys.dim() != 1:
         check_tensor("key_keys", key_keys, [query_keys.shape[0], "Lk"], [torch.int32])
     check_int("heads", heads, 0)
@@ -207,7 +206,7 @@ def dropout_attention(
     check_tensor("probs", probs, ["B", "H", "Lq", "Lk"])
     batch, heads, queries, keys = probs.shape
     check_tensor("query_keys", query_keys, [batch, queries], [torch.int32], probs.device)
-    _check_names("key_keys", key_keys)
+    check_tensor("key_keys", key_keys, None, [torch.int32])
     expected = [batch, keys] if key_keys.dim() == 2 else [keys]
     check_tensor("key_keys", key_keys, expected, [torch.int32], probs.device)
     keep = attention_keep_mask(key, query_keys, key_keys, heads, p, layer=layer, site=site)
@@ -218,10 +217,6 @@ def _check_common(key: Tensor, layer: int, site: int) -> None:
     check_tensor("key", key, [], [torch.int64])
     check_int("layer", layer, 0, (1 << 29) - 1)
     check_int("site", site, 0, max(Site))
-
-
-def _check_names(name: str, names: Tensor) -> None:
-    check_tensor(name, names, names.shape if isinstance(names, Tensor) else ["..."], [torch.int32])
 
 
 def _groups(names: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...checks import check_int, check_tensor, describe, values_are_free
+from ...checks import INTEGERS, check_int, check_range, check_tensor, describe
 from ...layout import TokenLayout
 from ..add_layer_norm.api import check_eps, check_row_dropout
 from ..backends import choose_backend
@@ -14,8 +14,6 @@ from ..dense_attention import DTYPES, no_autocast
 from ..philox import Site
 from .compiled import embed_tokens_compiled, supports
 from .reference import embed_tokens_reference
-
-TOKEN_IDS = (torch.int64, torch.int32)
 
 
 def embed_tokens(
@@ -172,8 +170,8 @@ def _check_text(
     tokens, taken = [], []
     for i, segment in enumerate(segments if input_ids is not None else ()):
         size = [layout.samples, segment.width]
-        ids = check_tensor(f"input_ids[{i}]", input_ids[i], size, TOKEN_IDS, layout.device)
-        _check_values(f"input_ids[{i}]", ids, table.shape[0], validate)
+        ids = check_tensor(f"input_ids[{i}]", input_ids[i], size, INTEGERS, layout.device)
+        check_range(f"input_ids[{i}]", ids, table.shape[0], force=validate)
         tokens.append(ids.flatten().index_select(0, segment.source))
         own = None if position_ids is None else position_ids[i]
         if positions is None:
@@ -186,11 +184,11 @@ def _check_text(
                 )
             taken.append(segment.source % max(segment.width, 1))
             continue
-        own = check_tensor(f"position_ids[{i}]", own, ["S or 1", segment.width], TOKEN_IDS, layout.device)
+        own = check_tensor(f"position_ids[{i}]", own, ["S or 1", segment.width], INTEGERS, layout.device)
         if own.shape[0] not in (1, layout.samples):
             expected = f"[{layout.samples} or 1, {segment.width}]"
             raise ValueError(f"position_ids[{i}]: expected {expected}, got {list(own.shape)}")
-        _check_values(f"position_ids[{i}]", own, places, validate)
+        check_range(f"position_ids[{i}]", own, places, force=validate)
         taken.append(own.expand(size).flatten().index_select(0, segment.source))
     return _joined(tokens), _joined(taken)
 
@@ -199,13 +197,3 @@ def _joined(ids: list[Tensor]) -> Tensor | None:
     if not ids:
         return None
     return (ids[0] if len(ids) == 1 else torch.cat(ids)).long()
-
-
-def _check_values(name: str, ids: Tensor, size: int, validate: bool) -> None:
-    """Where looking costs nothing, or is asked for: all ids in [0, size)."""
-    look = values_are_free(ids.device) or (validate and not torch.compiler.is_compiling())
-    if not look or not ids.numel():
-        return
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected values in [0, {size}), got {low if low < 0 else high}")
