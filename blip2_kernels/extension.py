@@ -30,6 +30,10 @@ SCHEMAS = (
 )
 """What csrc/library.cpp registers. A library of another version has others, and is not used."""
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_NORM_WIDTH = 4096
+"""Channels of a row that is normalised: what a CUDA block, or a buffer in a first-level cache, holds."""
+
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 """ELF's numbers of processor architectures."""
 
@@ -83,6 +87,21 @@ def reason() -> str | None:
 def device_reason(device_type: str) -> str | None:
     """None where the extension runs on tensors of a device type, else why not."""
     return _device_reason(device_type)
+
+
+def rows_reason(dtype: torch.dtype, device_type: str, norm_width: int = 0) -> str | None:
+    """None where the compiled operators can serve rows on such a device, else why not.
+
+    Args:
+        dtype: of the rows.
+        device_type: where they are.
+        norm_width: channels over which they are normalised; 0 where they are not.
+    """
+    if dtype not in DTYPES:
+        return f"the extension computes in fp32, fp16 and bf16, not in {dtype}"
+    if norm_width > MAX_NORM_WIDTH:
+        return f"the extension takes rows of up to {MAX_NORM_WIDTH} channels, got {norm_width}"
+    return device_reason(device_type)
 
 
 @cache

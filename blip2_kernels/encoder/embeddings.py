@@ -42,15 +42,19 @@ def first_rows(
     if _is_fused(norm, embeddings, layout):
         # As the plain path casts: queries to the text's dtype, then all to the norm's.
         beside = texts[-1].dtype if texts and embeddings is None else dtype
-        words, positions, padding_idx = None, None, None
+        ids, words, positions, padding_idx = None, None, None, None
         if texts and embeddings is not None:
-            words, positions = embeddings.word_embeddings.weight, embeddings.position_embeddings.weight
-            padding_idx = embeddings.word_embeddings.padding_idx
+            ids, table = texts, embeddings.word_embeddings
+            words, positions, padding_idx = (
+                table.weight,
+                embeddings.position_embeddings.weight,
+                table.padding_idx,
+            )
         elif texts:
             words = (texts[0] if len(texts) == 1 else torch.cat([t.to(beside) for t in texts])).to(dtype)
         return embed_tokens(
             None if queries is None else queries.to(beside).to(dtype),
-            texts if words is not None and positions is not None else None,
+            ids,
             words,
             positions,
             norm.weight,

@@ -46,6 +46,11 @@ class Site(enum.IntEnum):
     EMBEDDINGS = 5
 
 
+def place(layer: int, site: Site) -> int:
+    """The word of the counter that says where in the model an element is dropped."""
+    return layer * LANES + int(site)
+
+
 def draw_key(device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Draw the Philox key of a step: int64 [], from `generator` or torch's default one for the device.
 
@@ -259,14 +264,14 @@ def _keep_lanes(
     keep = torch.empty(*shape, LANES, dtype=torch.bool, device=rows.device)
     key = key.to(rows.device)
     level = threshold(p)
-    place = torch.full((), layer * LANES + int(site), dtype=torch.int64, device=rows.device)
+    where = torch.full((), place(layer, site), dtype=torch.int64, device=rows.device)
     inner = max(keep[0].numel() // LANES, 1) if shape[0] else 1
     step = shape[0] if rows.device.type != "cpu" else max(CHUNK // inner, 1)
     for start in range(0, shape[0], max(step, 1)):
         part = slice(start, start + step)
         chunk = [t[part] if t.dim() == len(shape) and t.shape[0] > 1 else t for t in (rows, groups, head)]
         size = (min(step, shape[0] - start), *shape[1:])
-        counter = tuple(t.expand(size).contiguous() for t in (*chunk, place))
+        counter = tuple(t.expand(size).contiguous() for t in (*chunk, where))
         for word, bits in enumerate(_rounds(counter, key)):
             torch.ge(bits & (LEVELS - 1), level, out=keep[part][..., 2 * word])
             torch.ge(bits >> 16, level, out=keep[part][..., 2 * word + 1])

@@ -9,9 +9,10 @@ from cross_cases import CrossCase, draw_case, run
 from harness import interpreter, numerics
 from tolerances import assert_yardstick
 
+from blip2_kernels import checks
 from blip2_kernels.device_errors import check_device_errors, error_flag
 from blip2_kernels.layout import TokenLayout
-from blip2_kernels.ops import cross_attention, image_arguments, launching
+from blip2_kernels.ops import cross_attention, launching
 from blip2_kernels.ops.cross_attention.triton import op
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -354,7 +355,7 @@ def test_values_of_device_tensors_are_looked_at_only_when_asked_to(name, wrong, 
     options = case.options() | {name: wrong}
     with pytest.raises(ValueError, match=name):
         cross_attention(*tensors, backend="triton", **options)
-    monkeypatch.setattr(image_arguments, "values_are_free", lambda device: False)
+    monkeypatch.setattr(checks, "values_are_free", lambda device: False)
     assert torch.isfinite(cross_attention(*tensors, backend="triton", **options)).all()
     if name == "image_index":
         with pytest.raises(IndexError, match="image_index"):

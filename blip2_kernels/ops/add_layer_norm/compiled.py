@@ -7,21 +7,12 @@ from torch import Tensor
 
 from ... import extension
 from ..library import Gradient, complete
-from ..philox import LANES, Site
-
-MAX_WIDTH = 4096
-"""Channels a row: what a CUDA block, or a buffer in a core's first-level cache, holds."""
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from ..philox import Site, place
 
 
 def supports(x: Tensor, residual: Tensor) -> str | None:
     """None where the compiled operator can serve, else the reason."""
-    if residual.dtype not in DTYPES:
-        return f"the extension computes in fp32, fp16 and bf16, not in {residual.dtype}"
-    if residual.shape[1] > MAX_WIDTH:
-        return f"the extension takes rows of up to {MAX_WIDTH} channels, got {residual.shape[1]}"
-    return extension.device_reason(x.device.type)
+    return extension.rows_reason(residual.dtype, x.device.type, residual.shape[1])
 
 
 def add_layer_norm_compiled(
@@ -41,9 +32,8 @@ def add_layer_norm_compiled(
     """See `add_layer_norm`."""
     if dropout == 0:
         dropout_key = row_keys = None
-    place = layer * LANES + int(site)
-    arguments = (x, residual, weight, bias, input_bias, eps, dropout, dropout_key, row_keys, place)
-    return _forward(*arguments)[0]
+    drop = (dropout, dropout_key, row_keys, place(layer, site))
+    return _forward(x, residual, weight, bias, input_bias, eps, *drop)[0]
 
 
 def _fake_forward(x: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,20 +2,15 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import extension
 from ..library import Gradient, complete
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def supports(x: Tensor, bias: Tensor | None) -> str | None:
     """None where the compiled operator can serve, else the reason."""
-    if x.dtype not in DTYPES:
-        return f"the extension computes in fp32, fp16 and bf16, not in {x.dtype}"
-    return extension.device_reason(x.device.type)
+    return extension.rows_reason(x.dtype, x.device.type)
 
 
 def bias_gelu_compiled(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,22 +12,13 @@ from torch import Tensor
 from ... import extension
 from ...device_errors import error_flag
 from ..library import Gradient, complete, define
-from ..philox import LANES, Site
-
-MAX_WIDTH = 4096
-"""Channels a row: what a CUDA block, or a buffer in a core's first-level cache, holds."""
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from ..philox import Site, place
 
 
 def supports(weight: Tensor) -> str | None:
     """None where the compiled operator can serve rows that a LayerNorm of this weight normalises, else the
     reason."""
-    if weight.dtype not in DTYPES:
-        return f"the extension computes in fp32, fp16 and bf16, not in {weight.dtype}"
-    if weight.shape[0] > MAX_WIDTH:
-        return f"the extension takes rows of up to {MAX_WIDTH} channels, got {weight.shape[0]}"
-    return extension.device_reason(weight.device.type)
+    return extension.rows_reason(weight.dtype, weight.device.type, weight.shape[0])
 
 
 def embed_tokens_compiled(
@@ -53,8 +44,8 @@ def embed_tokens_compiled(
         dropout_key = row_keys = None
     left_out = -1 if padding_idx is None else padding_idx
     tables = (queries, words, positions, token_ids, position_ids, query_rows, left_out)
-    place = layer * LANES + int(site)
-    return _forward(*tables, weight, bias, eps, dropout, dropout_key, row_keys, place)[0]
+    drop = (dropout, dropout_key, row_keys, place(layer, site))
+    return _forward(*tables, weight, bias, eps, *drop)[0]
 
 
 _INPUTS = (

@@ -10,7 +10,7 @@ from ....device_errors import error_flag
 from ... import launching
 from ...image_arguments import visibility
 from ...library import Gradient, define
-from ...philox import LANES, Site, keep_scale, threshold
+from ...philox import Site, keep_scale, place, threshold
 from .. import launch
 
 MAX_HEAD_DIM = 128
@@ -231,7 +231,7 @@ def _constants(
 
 def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:
     """The factor of a kept probability, the threshold below which one is dropped, and where in the model."""
-    return keep_scale(dropout), threshold(dropout), layer * LANES + int(Site.CROSS_ATTENTION)
+    return keep_scale(dropout), threshold(dropout), place(layer, Site.CROSS_ATTENTION)
 
 
 def _fake_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:

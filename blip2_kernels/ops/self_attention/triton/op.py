@@ -11,7 +11,7 @@ from ....layout import TokenLayout
 from ....mask import AttentionMask, MaskMode
 from ... import launching
 from ...library import Gradient, define
-from ...philox import LANES, Site, keep_scale, threshold
+from ...philox import LANES, Site, keep_scale, place, threshold
 from .. import launch
 
 MAX_HEAD_DIM = 128
@@ -295,7 +295,7 @@ def _blocks(queries: int, longest: int, block: int) -> int:
 
 def _dropout(dropout: float, layer: int) -> tuple[float, int, int]:
     """The factor of a kept probability, the threshold below which one is dropped, and where in the model."""
-    return keep_scale(dropout), threshold(dropout), layer * LANES + int(Site.SELF_ATTENTION)
+    return keep_scale(dropout), threshold(dropout), place(layer, Site.SELF_ATTENTION)
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
