@@ -20,9 +20,9 @@ __all__ = ["CLIP_MEAN", "CLIP_STD", "ImagePreprocessing", "open_image"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# PIL's resampling filters by the names torch.nn.functional.interpolate gives them; PIL always antialiases.
 OVERSHOOT = 0.1
 """How far bicubic resizing by the caller may have taken a floating picture out of [0, 1]."""
+# PIL's resampling filters by the names torch.nn.functional.interpolate gives them; PIL always antialiases.
 PIL_FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 
 

@@ -49,9 +49,14 @@ def check_generate_options(language_model: nn.Module, options: Mapping[str, Any]
     """
     if options.get("num_beams") is not None:
         check_int("num_beams", options["num_beams"], 1)
-    config = options.get("generation_config") or getattr(language_model, "generation_config", None)
+    config = _generation_config(language_model, options)
     sampled = options.get("do_sample")
     check_sampling(options, bool(getattr(config, "do_sample", False) if sampled is None else sampled))
+
+
+def _generation_config(language_model: nn.Module, options: Mapping[str, Any]) -> Any:
+    """What stands in for what the options leave open."""
+    return options.get("generation_config") or getattr(language_model, "generation_config", None)
 
 
 def limit_new_tokens(
@@ -74,7 +79,7 @@ def limit_new_tokens(
         is no number of tokens or more than there is room for.
     """
     options = dict(options)
-    config = options.get("generation_config") or getattr(language_model, "generation_config", None)
+    config = _generation_config(language_model, options)
     # The order in which transformers asks; its own default length of 20 counts as none.
     tokens, total = options.get("max_new_tokens"), options.get("max_length")
     if tokens is None:

@@ -17,6 +17,12 @@ Schedule = Callable[[int, int], float]
 SCHEDULES = ("cosine", "linear", "constant")
 
 
+def check_schedule(schedule: object) -> None:
+    """Check a schedule of the learning rate: one of `SCHEDULES` or a function; raises ValueError."""
+    if not callable(schedule) and schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {schedule!r}")
+
+
 def learning_rate_factor(
     step: int,
     total_steps: int,
@@ -42,8 +48,7 @@ def learning_rate_factor(
     check_int("total_steps", total_steps, 0)
     check_int("warmup_steps", warmup_steps, 0)
     check_finite("final_factor", final_factor, 0.0)
-    if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {schedule!r}")
+    check_schedule(schedule)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     done, length = step - warmup_steps, max(total_steps - warmup_steps, 1)

@@ -191,8 +191,7 @@ class Blip2ForPreTraining(Blip2Base):
             raise ValueError(f"{name}: expected {batch} images, one a text, got {features.shape[0]}")
         if features.device != input_ids.device:
             raise ValueError(f"{name}: expected a tensor on {input_ids.device}, got one on {features.device}")
-        if get_world_size() > 1:
-            _check_same_on_ranks({"input_ids": input_ids, name: features}, image_ids, negatives, wanted)
+        _check_same_on_ranks({"input_ids": input_ids, name: features}, image_ids, negatives, wanted)
         positives = positive_pairs(batch, image_ids, device=input_ids.device)
         if negatives is not None:
             negatives = check_negatives(negatives, positives)

@@ -215,8 +215,7 @@ def train(
         TypeError, ValueError: arguments of the wrong kind or value, or that contradict each other; an
         `output_dir` with the checkpoints of another run. Nothing on the disk has changed then.
     """
-    arguments = dict(locals())
-    arguments = {name: value for name, value in arguments.items() if name not in ("model", "dataset")}
+    arguments = {name: value for name, value in locals().items() if name not in ("model", "dataset")}
     check_arguments(model, dataset, arguments)
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("training needs accelerate: pip install 'blip2-kernels[train]'")

@@ -10,7 +10,7 @@ from torch import nn
 from blip2_kernels.checks import check_finite, check_int, check_probability, describe
 
 from .checkpoints import latest_checkpoint
-from .optimization import SCHEDULES
+from .optimization import check_schedule
 
 # The least of each; None where the argument may be left out.
 INTEGERS = {
@@ -30,13 +30,12 @@ FUNCTIONS = ("collate", "step_function", "evaluate", "on_step")
 MAX_SEED = 2**32 - 1  # NumPy's
 
 
-def check_arguments(model: object, dataset: Any, arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of `train`, by name.
+def check_arguments(model: object, dataset: Any, given: Mapping[str, Any]) -> None:
+    """Check the arguments of `train`: its model, its dataset and all others, by name.
 
     Raises:
         TypeError, ValueError: one of the wrong kind or value, or two that contradict each other.
     """
-    given = dict(arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not (hasattr(dataset, "__getitem__") or isinstance(dataset, torch.utils.data.IterableDataset)):
@@ -83,8 +82,7 @@ def check_arguments(model: object, dataset: Any, arguments: Mapping[str, Any]) -
         raise TypeError(
             f"weight_decay_filter: expected a function, got {describe(given['weight_decay_filter'])}"
         )
-    if not callable(given["schedule"]) and given["schedule"] not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {given['schedule']!r}")
+    check_schedule(given["schedule"])
     if given["batch_sampler"] is not None and not isinstance(given["batch_sampler"], Iterable):
         raise TypeError(f"batch_sampler: expected lists of indices, got {describe(given['batch_sampler'])}")
     if not callable(given["loss_weights"]):

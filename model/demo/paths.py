@@ -165,8 +165,8 @@ class Stage:
     Attributes:
         title: of the stage.
         models: by the name of the variant, with equal weights.
-        batches: of the demo's training from this seed.
-        rates: the demo's, as `Learner` takes them.
+        batches: of the demo's scenes, in the order of this seed.
+        rates: as `Learner` takes them.
     """
 
     title: str
@@ -202,9 +202,9 @@ def _stages(plan: recipe.Recipe, seed: int, cache: Path, progress: bool) -> Iter
 
 
 def copies(start: Any, language_model: nn.Module | None = None) -> dict[str, Any]:
-    """A model for each variant that runs here, all with the same weights; one frozen language model for all
-    that compute in its dtype."""
-    models, language_models = {}, {}
+    """A copy of a model in fp32 for each variant that runs here; one frozen language model for all that
+    compute in its dtype."""
+    models, language_models = {}, {torch.float32: language_model}
     for name, variant in VARIANTS.items():
         if variant.autocast and not assets.has_fast_bf16():
             continue
@@ -216,10 +216,11 @@ def copies(start: Any, language_model: nn.Module | None = None) -> dict[str, Any
                 if dtype == torch.float64:
                     keep_fp64(language_models[dtype])
             shared[id(language_model)] = language_models[dtype]
-        models[name] = copy.deepcopy(start, memo=shared).to(variant.dtype)
-        if language_model is not None:
-            models[name].language_model.to(variant.language_model_dtype)
-        models[name].use_fused = variant.use_fused
+        model = copy.deepcopy(start, memo=shared)
+        if variant.dtype != torch.float32:  # which would widen a language model in bf16
+            model.to(variant.dtype)
+        model.use_fused = variant.use_fused
+        models[name] = model
     return models
 
 
