@@ -34,7 +34,9 @@ help:
 	@echo "make test-kernels  2,000 random cases of each attention kernel, in Triton's interpreter where there is"
 	@echo "                 no GPU (about half an hour), and every configuration against its compile budget"
 	@echo "make mutants     plant small faults in the kernels, one by one, and see the tests catch them"
-	@echo "make bench       time the attention backends against each other, after checking that they agree"
+	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about 20"
+	@echo "                 minutes on 2 cores): bench/results/<device>/report.md with pictures"
+	@echo "                 (make bench ARGS=--only=stage1 is a part; pytest bench/ takes a few minutes)"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
 	@echo "                 CUDA extension, tests, measures, writes bench/results (ARGS=--full for all of it)"
 	@echo "make lint        ruff and mypy"
@@ -64,8 +66,9 @@ mutants: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutants.py $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	@echo "== bench: attention backends; a wrong result fails and is not timed"
-	@$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	@echo "== bench: all groups of cases beside their peers; what is wrong is not timed"
+	@$(BIN)/python -m pytest bench --full --benchmark-quiet --results $(ARGS); status=$$?; \
+	$(BIN)/python bench/report.py && exit $$status
 
 gpu-report:
 	@echo "== gpu-report: installs this checkout in the environment of $(PYTHON)"

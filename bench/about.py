@@ -1,41 +1,86 @@
 """Where and with what a report's figures were taken."""
 
 import datetime
+import importlib.metadata
+import platform
+import re
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
-import triton
 from measure import Roofline
+
+from blip2_kernels import extension
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def revision() -> str:
     """The checkout's git revision, "unknown" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown"
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, None where there is none."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+
+
+def device_folder(device: str) -> str:
+    """A device's name as a folder of bench/results; a CPU's says how many threads computed."""
+    name = device_name(device) if device == "cuda" else f"{cpu_name()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def clocks(device: str) -> dict[str, float] | None:
+    """MHz right now: of the multiprocessors and the memory, or of the fastest core; None if nobody says."""
+    if device == "cuda":
+        said = _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits")
+        numbers = re.findall(r"[\d.]+", said.splitlines()[0]) if said else []
+        return dict(zip(("sm", "memory"), map(float, numbers), strict=True)) if len(numbers) == 2 else None
+    try:
+        cores = re.findall(r"cpu MHz\s*: ([\d.]+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        cores = []
+    return {"core": max(map(float, cores))} if cores else None
 
 
 def about(roofline: Roofline | None = None, device: str = "cuda") -> dict[str, object]:
-    """Device, date and versions, for the head of a JSON report."""
-    facts: dict[str, object] = {"device": "CPU"}
+    """Device, date and versions, for every row of a report."""
+    facts: dict[str, object] = {"device": device_name(device)}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        facts = {
-            "device": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-        }
+        facts |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
+    else:
+        facts |= {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
     facts |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "revision": revision(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "extension": extension.device_reason(device) or "used",
     }
     return facts if roofline is None else facts | {"roofline": asdict(roofline)}

@@ -1,64 +1,199 @@
-"""What every benchmark shares: the devices, the correctness gate, and how a call is timed."""
+"""`pytest bench/`: every peer of every case is a benchmark.
 
-import platform
+    pytest bench/                          a few minutes on 2 cores: small sizes of every group
+    pytest bench/ --full --results         the whole grid; rows go to bench/results/<device>/results.json
+    pytest bench/ --only stage1,cross      cases with one of these in name or group, also those in no grid
+    pytest bench/ -k "ours or sdpa"        some of the peers
+    pytest bench/ --benchmark-json=x.json  and everything else that pytest-benchmark does
+    pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
+
+The peers of a case are checked first, then run in turn, round by round; what pytest-benchmark shows, keeps
+and compares are those rounds, told again by a clock. A peer that is not installed is skipped, one that fails
+or is wrong is an expected failure with its reason; only when the failing peer is ours does the run fail.
+"""
+
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
-from tolerances import assert_yardstick
-from torch import Tensor
+from about import device_folder, revision
+from cases import FULL, SHORT, Setting, Spec
+from runner import Results, Row, Runner
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-Outputs = dict[str, Tensor]
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+HERE = Path(__file__).parent
+COMPILED = "-compiled"
+"""End of the names of cases that wait for torch.compile. They come last."""
 
 
-@pytest.fixture(params=DEVICES)
-def device(request) -> str:
-    return request.param
+class Recorded:
+    """The clock of rounds that have been run: it moves when a round is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+RECORDED = Recorded()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bench")
+    group.addoption("--full", action="store_true", help="the whole grid of cases, and more rounds")
+    group.addoption("--only", default="", metavar="PARTS", help="cases with one of these in name or group")
+    group.addoption(
+        "--device", choices=("cpu", "cuda"), default=None, help="default: a GPU where there is one"
+    )
+    group.addoption("--tiny", action="store_true", help="small models and batches: a test of the benchmarks")
+    group.addoption("--threads", type=int, default=None, help="threads to compute with (default torch's)")
+    group.addoption("--rounds", type=int, default=None, help="timed rounds a case (at most, on a CPU)")
+    group.addoption("--seconds", type=float, default=None, help="timed seconds a case on a CPU")
+    group.addoption("--budget", type=float, default=float("inf"), help="no case starts after so many seconds")
+    group.addoption(
+        "--results", nargs="?", const="", metavar="FOLDER", help="keep rows (default bench/results/DEVICE)"
+    )
+    group.addoption("--resume", action="store_true", help="keep rows of this revision that are there already")
+    group.addoption("--no-compile", action="store_true", help="without peers of torch.compile")
+    group.addoption("--autotune", action="store_true", help="also peers in mode max-autotune")
+    group.addoption("--capture-steps", action="store_true", help="capture training steps in CUDA graphs too")
+    group.addoption("--profile", action="store_true", help="look at the kernels of every peer on a GPU")
+    group.addoption("--warm", action="store_true", help="run every peer once and time nothing")
+    group.addoption("--share", default="0/1", metavar="I/N", help="every N-th case from the I-th on")
+
+
+def setting_of(config) -> Setting:
+    device = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Setting(
+        device,
+        tiny=config.getoption("--tiny"),
+        compiles=not config.getoption("--no-compile"),
+        autotune=config.getoption("--autotune"),
+        capture_steps=config.getoption("--capture-steps"),
+    )
+
+
+def pytest_configure(config):
+    threads = config.getoption("--threads", None)
+    if threads is not None:
+        if threads < 1:
+            raise pytest.UsageError(f"--threads: expected at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    if config.getoption("--device", None) == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device=cuda: expected a CUDA device, torch sees none")
+
+
+def chosen_of(cases: Mapping[str, Spec], config) -> list[str]:
+    """Names of a file's cases that are to run: those that `--only` names, else those of the grid."""
+    parts = [part for part in config.getoption("--only").split(",") if part]
+    if parts:
+        return [
+            name
+            for name, spec in cases.items()
+            if any(part == name if part in cases else part in f"{name} {spec.group}" for part in parts)
+        ]
+    last = FULL if config.getoption("--full") else SHORT
+    cuda = setting_of(config).device == "cuda"
+    return [name for name, spec in cases.items() if (spec.cuda if cuda else spec.cpu) <= last]
+
+
+def pytest_generate_tests(metafunc):
+    if "timed" not in metafunc.fixturenames:
+        return
+    first, step = map(int, metafunc.config.getoption("--share").split("/"))
+    chosen = chosen_of(metafunc.module.CASES, metafunc.config)
+    pairs = [(n, peer) for n in chosen[first::step] for peer in metafunc.module.CASES[n].peers]
+    metafunc.parametrize(("case", "peer"), pairs, ids=[f"{n}: {peer}" for n, peer in pairs])
+
+
+def case_of(item) -> str | None:
+    """The case that a benchmark is of; None for anything else, and where a file has none of those asked."""
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return case if isinstance(case, str) else None
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if case_of(item) or "timed" not in getattr(item, "fixturenames", ())]
+    for item in items:
+        if case_of(item):
+            item.add_marker(pytest.mark.benchmark(timer=RECORDED.time))
+    items.sort(key=lambda item: (case_of(item) or "").endswith(COMPILED))
+
+
+class House:
+    """Runs a case when the first of its peers has its turn."""
+
+    def __init__(self, config, items) -> None:
+        setting = setting_of(config)
+        folder = config.getoption("--results")
+        path = None
+        if folder is not None:
+            path = (
+                Path(folder) if folder else HERE / "results" / device_folder(setting.device)
+            ) / "results.json"
+        full, disabled = config.getoption("--full"), config.getoption("benchmark_disable", False)
+        self.revision = revision()
+        self.resume = config.getoption("--resume")
+        self.runner = Runner(
+            setting,
+            Results.at(path, self.resume),
+            rounds=config.getoption("--rounds") or 21,
+            seconds=config.getoption("--seconds") or (10.0 if full else 3.0),
+            budget=config.getoption("--budget"),
+            check_only=config.getoption("--warm") or disabled,
+            profiles=config.getoption("--profile"),
+        )
+        self.wanted: dict[str, list[str]] = {}
+        for item in filter(case_of, items):
+            self.wanted.setdefault(case_of(item), []).append(item.callspec.params["peer"])
+        self.case: str | None = None
+        self.rows: dict[str, Row] = {}
+
+    def row(self, name: str, spec: Spec, peer: str) -> Row:
+        if name != self.case:
+            self.case, self.rows = name, {}
+            self.rows = {row.peer: row for row in self.runner.run(name, spec, self.wanted[name])}
+        return self.rows[peer]
+
+
+@pytest.fixture(scope="session")
+def house(request) -> House:
+    return House(request.config, request.session.items)
 
 
 @pytest.fixture
-def time_checked(benchmark, device, request):
-    """Time `call(backend)`, but only once its results have passed the yardstick of tests/tolerances.py.
+def timed(request, house, benchmark, case, peer) -> Callable[[], None]:
+    """Call it: the rounds of this case and peer, told to pytest-benchmark, or why there are none."""
 
-    `call(backend, **inputs)` returns named results (outputs, gradients). Its results in the inputs' dtype are
-    compared with those of the backend `reference` in fp64, and may be at most twice as far from them as
-    `reference` in the same dtype. A result that is wrong fails the benchmark before anything is timed, so
-    that no figure of it exists. Backends of one case are shown as one group.
-    """
+    def tell() -> None:
+        if house.resume and house.case != case and house.runner.results.has(case, house.revision):
+            pytest.skip("measured before at this revision")
+        row = house.row(case, request.module.CASES[case], peer)
+        if row.absent is not None:
+            pytest.skip(row.absent)
+        if row.failed is not None:
+            (pytest.fail if peer.startswith("ours") else pytest.xfail)(row.failed)
+        benchmark.group = case
+        if house.runner.check_only:
+            benchmark.pedantic(lambda: None)
+            return
+        rounds = house.runner.timings[peer].each
+        benchmark.extra_info.update({key: value for key, value in vars(row).items() if key != "kernels"})
+        told = iter(rounds)
 
-    def run(
-        call: Callable[..., Outputs], backend: str, inputs: Mapping[str, Tensor], **facts: object
-    ) -> None:
-        truth = call("reference", **{name: value.double() for name, value in inputs.items()})
-        plain, results = call("reference", **inputs), call(backend, **inputs)
-        assert results.keys() == truth.keys()
-        for name, value in results.items():
-            assert_yardstick(f"{backend}: {name}", value, plain[name], truth[name])
+        def a_round() -> None:
+            RECORDED.now += next(told) / 1e3
 
-        dtype = str(next(iter(inputs.values())).dtype).removeprefix("torch.")
-        benchmark.extra_info.update(
-            device=device_name(device), torch=torch.__version__, backend=backend, dtype=dtype, **facts
+        benchmark.pedantic(a_round, rounds=len(rounds))
+
+    return tell
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    folder = config.getoption("--results")
+    if folder is not None:
+        terminalreporter.write_line(
+            f"rows: {folder or os.path.join('bench', 'results', device_folder(setting_of(config).device))}"
         )
-
-        benchmark.group = request.node.name.replace(f"-{backend}]", "]")
-
-        def once() -> None:
-            call(backend, **inputs)
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark(once)
-
-    return run

@@ -5,9 +5,10 @@
     python bench/gpu_report.py --only tests --again
 
 Installs the checkout with its CUDA extension into the Python that runs this, then runs one part after
-another: the self-test, the tests marked gpu, compute-sanitizer, the kernels and the models beside their
-peers. What a part found lies in bench/results/<device>/; a part that ran to its end at this revision is not
-run again. The last thing written is report.md.
+another: the self-test, the tests marked gpu, compute-sanitizer, the benchmarks of operators and of models
+(`pytest bench`), and with --full the candidates of bench/tune.py. What a part found lies in
+bench/results/<device>/; a part that ran to its end at this revision is not run again, nor is a case that was
+measured before its part was stopped. The last thing written is report.md with its pictures.
 """
 
 import argparse
@@ -23,8 +24,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import report
 import torch
-from about import revision
+from about import device_folder, revision
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -65,9 +67,9 @@ def run(command: list[str], log: Path, limit: float, **environment: str) -> int:
             return 124
 
 
-def warm(name: str, processes: int, limit: float) -> None:
-    """Let a script compile what it will time, in several processes; what they print is thrown away."""
-    shares = [script(name, "--warm", "--share", f"{i}/{processes}") for i in range(processes)]
+def warm(command: list[str], processes: int, limit: float) -> None:
+    """Let a command compile what it will time, in several processes; what they print is thrown away."""
+    shares = [[*command, "--warm", "--share", f"{i}/{processes}"] for i in range(processes)]
     started = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for command in shares
@@ -82,6 +84,14 @@ def warm(name: str, processes: int, limit: float) -> None:
 
 def script(name: str, *options: object) -> list[str]:
     return [PYTHON, str(BENCH / name), *map(str, options)]
+
+
+def benches(settings: Settings, names: tuple[str, ...], rounds: int, budget: float) -> list[str]:
+    """The command that runs these files of bench/, in this order; cases that were measured are left out."""
+    files = [str(BENCH / f"bench_{name}.py") for name in names]
+    command = [PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "--device=cuda"]
+    command += ["--benchmark-quiet", f"--rounds={rounds}", f"--budget={budget:.0f}", "--resume"]
+    return [*command, f"--results={settings.results}", *(["--full"] if settings.full else [])]
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -131,106 +141,45 @@ def sanitizer(settings: Settings) -> int:
     )
 
 
-def kernels(settings: Settings) -> int:
-    warm("kernels.py", max(1, min(8, CORES - 2)), 180)
-    rounds = 40 if settings.full else 15
-    command = script("kernels.py", "--rounds", rounds, "--json", settings.results / "kernels.json")
-    return run(command, settings.log("kernels"), 900)
+OPERATORS = ("attention", "latent_similarity", "row_operators")
+MODELS = ("queries", "stage1", "rerank", "stage2", "captioning")
+
+
+def operators(settings: Settings) -> int:
+    command = benches(settings, OPERATORS, 40 if settings.full else 15, 3600 if settings.full else 110)
+    warm(command, max(1, min(8, CORES - 2)), 180)
+    return run(command, settings.log("operators"), 3900 if settings.full else 240)
 
 
 def models(settings: Settings) -> int:
-    command = script("models.py", "--json", settings.results / "models.json")
-    command += (
-        ["--rounds", "30", "--budget", "1800"] if settings.full else ["--rounds", "12", "--budget", "150"]
-    )
-    return run(command, settings.log("models"), 3600)
+    command = benches(settings, MODELS, 30 if settings.full else 12, 1800 if settings.full else 150)
+    return run([*command, *(["--profile"] if settings.full else [])], settings.log("models"), 3600)
 
 
 def tune(settings: Settings) -> int:
     if not settings.full:
         settings.log("tune").write_text("only with --full\n")
         return 0
-    warm("tune.py", max(1, CORES - 2), 900)
+    warm(script("tune.py"), max(1, CORES - 2), 900)
     return run(script("tune.py", "--json", settings.results / "tune.json"), settings.log("tune"), 1800)
 
 
 PARTS: dict[str, Callable[[Settings], int]] = {
-    part.__name__: part for part in (build, doctor, tests, sanitizer, kernels, models, tune)
+    part.__name__: part for part in (build, doctor, tests, sanitizer, operators, models, tune)
 }
-# --------------------------------------------------------------------------------------------------- report
 
 
-def _milliseconds(timing: dict) -> str:
-    return f"{timing['median']:.4g} [{timing['p20']:.4g}, {timing['p80']:.4g}]"
-
-
-def kernel_table(path: Path) -> list[str]:
-    """Rows of the kernels' part as a Markdown table."""
-    found = json.loads(path.read_text())
-    lines = [
-        "| case | direction | peer | µs [p20, p80] | x ours | of the roofline | host µs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        name = f"| {row['case']} | {row.get('direction', '')} | {row['peer']} "
-        if "device" not in row:
-            lines.append(f"{name}| {row['failed']} | | | |")
-            continue
-        device = {key: value * 1e3 for key, value in row["device"].items()}
-        lines.append(
-            f"{name}| {_milliseconds(device)} | {row['times_ours'] or 0:.2f} | {100 * row['roofline']:.0f}% "
-            f"| {row['host']['median'] * 1e3:.0f} |"
-        )
-    return lines
-
-
-def model_table(path: Path) -> list[str]:
-    """Rows of the models' part as a Markdown table."""
-    lines = [
-        "| case | peer | loop ms [p20, p80] | device ms | host ms | peak MiB | kernels | remark |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case, rows in json.loads(path.read_text())["cases"].items():
-        if isinstance(rows, str):
-            lines.append(f"| {case} | | | | | | | {rows} |")
-            continue
-        for row in rows:
-            times = [
-                _milliseconds(row[kind]) if isinstance(row[kind], dict) else ""
-                for kind in ("eager", "device", "host")
-            ]
-            peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-            launches = "" if row["launches"] is None else str(row["launches"])
-            cells = [case, row["peer"], *times, peak, launches, row["failure"] or ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def write_report(settings: Settings) -> Path:
-    """Write report.md of whatever parts there are."""
-    kernels_json, models_json = (settings.results / f"{name}.json" for name in ("kernels", "models"))
-    lines = [f"# {settings.results.name}", ""]
-    if kernels_json.is_file():
-        head = json.loads(kernels_json.read_text())["about"]
-        roofline = head.pop("roofline")
-        lines += [f"- {name}: {value}" for name, value in head.items()]
-        lines += [
-            f"- a copy of 1 GiB moves {roofline['copy'] / 1e12:.2f} TB/s, read and written",
-            f"- a product of 8192-square bfloat16 matrices: {roofline['matmul'] / 1e12:.0f} TFLOP/s",
-        ]
+def sections(settings: Settings) -> dict[str, list[str]]:
+    """What the logs of the parts without rows say."""
+    made = {}
     for part in ("doctor", "tests", "sanitizer"):
         log = settings.log(part)
         if log.is_file():
             text = log.read_text().rstrip().splitlines()
             if part != "doctor":
                 text = [line for line in text if re.search(r"passed|failed|^FAILED", line)] or text[-1:]
-            lines += ["", f"## {part}", "", "```", *text, "```"]
-    for name, path, table in (("kernels", kernels_json, kernel_table), ("models", models_json, model_table)):
-        if path.is_file():
-            lines += ["", f"## {name}", "", *table(path)]
-    report = settings.results / "report.md"
-    report.write_text("\n".join(lines) + "\n")
-    return report
+            made[part] = ["```", *text, "```"]
+    return made
 
 
 def main() -> int:
@@ -242,8 +191,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device; `make bench` measures a CPU")
-    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    settings = Settings(arguments.results / device, arguments.full)
+    settings = Settings(arguments.results / device_folder("cuda"), arguments.full)
     settings.results.mkdir(parents=True, exist_ok=True)
     done_file = settings.results / "done.json"
     done = json.loads(done_file.read_text()) if done_file.is_file() else {}
@@ -264,7 +212,7 @@ def main() -> int:
         else:
             done["parts"][name] = seconds
             done_file.write_text(json.dumps(done, indent=1) + "\n")
-    print(f"report: {write_report(settings)}")
+    print(f"report: {report.write(settings.results, sections(settings))}")
     return 1 if failed else 0
 
 

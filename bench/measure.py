@@ -7,15 +7,21 @@ Three times of a call on a GPU, all in milliseconds:
 - eager: what a loop of calls takes as it stands, launches and Python included; events around several calls.
 - host: until Python has the call's launches out, the GPU not waited for.
 
-On a CPU there is one time, called eager: the call's own.
+A device time is cache-cold; with one set of inputs alone it is cache-warm. On a CPU there is one time, called
+eager: the call's own.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+
+from blip2_kernels.ops.linear import linear
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing of its own
 
 Call = Callable[[], object]
 
@@ -33,26 +39,38 @@ class Timing:
     Attributes:
         median, p20, p80: over the rounds.
         rounds: how many there were.
+        each: what every round took, in order.
     """
 
     median: float
     p20: float
     p80: float
     rounds: int
+    each: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> "Timing":
         ordered = sorted(milliseconds)
         last = len(ordered) - 1
         return cls(
-            statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered)
+            statistics.median(ordered),
+            ordered[round(0.2 * last)],
+            ordered[round(0.8 * last)],
+            len(ordered),
+            tuple(milliseconds),
         )
+
+    def over(self, other: "Timing") -> "Timing":
+        """How many times as long as `other` this took: the ratios of rounds that ran side by side."""
+        return Timing.of([mine / its for mine, its in zip(self.each, other.each, strict=True)])
 
     def __str__(self) -> str:
         return f"{self.median:.4f} ms [{self.p20:.4f}, {self.p80:.4f}]"
 
     def json(self) -> dict[str, float]:
-        return asdict(self)
+        kept = asdict(self)
+        del kept["each"]
+        return kept
 
 
 @dataclass
@@ -91,12 +109,20 @@ def _between_events(run: Call) -> float:
     return begin.elapsed_time(end)
 
 
-def _in_turn(runs: Mapping[str, Call], calls: Mapping[str, int], rounds: int, clock) -> dict[str, Timing]:
+def _in_turn(
+    runs: Mapping[str, Call], calls: Mapping[str, int], rounds: int, clock: Callable[[Call], float]
+) -> dict[str, Timing | str]:
+    """A timing of each, or the reason why it stopped: the others go on."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    stopped: dict[str, Timing | str] = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(clock(run) / calls[name])
-    return {name: Timing.of(values) for name, values in times.items()}
+            if name not in stopped:
+                try:
+                    times[name].append(clock(run) / calls[name])
+                except Exception as error:
+                    stopped[name] = said(error)
+    return {name: Timing.of(values) for name, values in times.items() if name not in stopped} | stopped
 
 
 def device_times(
@@ -127,23 +153,43 @@ def device_times(
     return {**results, **_in_turn(replays, counts, rounds, _between_events)}
 
 
+def wall(run: Call) -> float:
+    """Milliseconds until a call returns."""
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def eager_times(
-    peers: Mapping[str, Sequence[Call]], device: str, *, rounds: int = 20, least_ms: float = 2.0
-) -> dict[str, Timing]:
-    """Time of a call as it stands, one after the other."""
+    peers: Mapping[str, Sequence[Call]],
+    device: str,
+    *,
+    rounds: int = 20,
+    least_ms: float = 2.0,
+    seconds: float | None = None,
+) -> dict[str, Timing | str]:
+    """Time of a call as it stands, one after the other.
 
-    def wall(run: Call) -> float:
-        begin = time.perf_counter()
-        run()
-        return (time.perf_counter() - begin) * 1e3
-
+    Args:
+        peers: by name, the same call on several sets of inputs.
+        rounds: timed rounds a peer, at most.
+        least_ms: a round takes at least so long.
+        seconds: fewer rounds, but five, where all of them would take longer.
+    """
     clock = _between_events if device == "cuda" else wall
     runs: dict[str, Call] = {}
     counts: dict[str, int] = {}
+    failed: dict[str, Timing | str] = {}
+    a_round = 0.0
     for name, calls in peers.items():
-        for call in calls:
-            call()
-        copies = max(1, min(100, round(least_ms / max(clock(calls[0]), 1e-3) / len(calls))))
+        try:
+            for call in calls:
+                call()
+            once = max(clock(calls[0]), 1e-3)
+        except Exception as error:
+            failed[name] = said(error)
+            continue
+        copies = max(1, min(100, round(least_ms / once / len(calls))))
 
         def run(calls=calls, copies=copies):
             for _ in range(copies):
@@ -151,19 +197,20 @@ def eager_times(
                     call()
 
         runs[name], counts[name] = run, copies * len(calls)
-    return _in_turn(runs, counts, rounds, clock)
+        a_round += counts[name] * once / 1e3
+    if seconds is not None and a_round:
+        rounds = max(min(5, rounds), min(rounds, round(seconds / a_round)))
+    return failed | _in_turn(runs, counts, rounds, clock)
 
 
 def host_times(
     peers: Mapping[str, Sequence[Call]], *, rounds: int = 20, calls: int = 20
-) -> dict[str, Timing]:
+) -> dict[str, Timing | str]:
     """Time until Python has a call's launches out."""
 
     def issue(run: Call) -> float:
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        return (time.perf_counter() - begin) * 1e3
+        return wall(run)
 
     def several(call: Call) -> Call:
         def run() -> None:
@@ -183,28 +230,39 @@ class Roofline:
     """What this device reaches: bytes and floating-point operations a second.
 
     Attributes:
-        copy: bytes read and written by a copy of 1 GiB, a second.
-        matmul: of a product of 8192-square matrices in bfloat16.
+        copy: bytes read and written by a copy of tensors far larger than any cache, a second.
+        matmul: of a product of large square matrices, by dtype.
     """
 
     copy: float
-    matmul: float
+    matmul: dict[str, float]
 
     @classmethod
-    def measure(cls) -> "Roofline":
-        """Measure on the current CUDA device, on random data."""
-        source = torch.randint(0, 127, (1 << 30,), dtype=torch.int8, device="cuda")
+    def measure(cls, device: str = "cuda", tiny: bool = False) -> "Roofline":
+        """Measure on random data: 1 GiB and 8192-square matrices; on a CPU 256 MiB and 2048-square."""
+        copied, side = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
+        if tiny:
+            copied, side = copied >> 6, side >> 3
+        clock = _between_events if device == "cuda" else wall
+        source = torch.randint(0, 127, (copied,), dtype=torch.int8, device=device)
         target = torch.empty_like(source)
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
-        def median(run: Call) -> float:
-            for _ in range(3):
-                run()
-            return statistics.median(_between_events(run) for _ in range(10)) / 1e3
+        def fastest(*runs: Call) -> float:
+            """Seconds of the fastest of several ways."""
+            for run in runs:
+                for _ in range(3):
+                    run()
+            return min(statistics.median(clock(run) for _ in range(7)) for run in runs) / 1e3
 
-        copy = 2 * source.numel() / median(lambda: target.copy_(source))
-        return cls(copy, 2 * 8192**3 / median(lambda: a @ b))
+        copy = 2 * copied / fastest(lambda: target.copy_(source))
+        matmul = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+            # On a CPU torch carries two libraries, and either may be the faster one.
+            seconds = fastest(lambda a=a, b=b: a @ b, lambda a=a, b=b: linear(a, b))
+            matmul[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
+        return cls(copy, matmul)
 
-    def floor_ms(self, moved: float, operations: float = 0.0) -> float:
-        """The least milliseconds that moving `moved` bytes and `operations` in bfloat16 take here."""
-        return 1e3 * max(moved / self.copy, operations / self.matmul)
+    def floor_ms(self, moved: float, operations: float = 0.0, dtype: str = "bfloat16") -> float:
+        """The least milliseconds that moving `moved` bytes and `operations` in `dtype` take here."""
+        return 1e3 * max(moved / self.copy, operations / self.matmul[dtype])

@@ -4,8 +4,8 @@
     python bench/tune.py --only cross --top 10
     python bench/tune.py --warm --share 0/8      compiles an eighth of the candidates and times nothing
 
-bf16, at the shapes of bench/kernels.py. Nothing is changed: what is better goes into the launch tables by
-hand.
+bf16, at shapes of bench/bench_attention.py and bench/bench_latent_similarity.py. Nothing is changed: what is
+better goes into the launch tables by hand.
 """
 
 import argparse
@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import bench_attention
+import bench_latent_similarity
 import torch
 from about import about
-from kernels import CASES, OURS, input_sets, with_backward, without_gradients
-from measure import Timing, device_times, said
+from cases import OURS, Setting
+from measure import Call, Timing, device_times, said
 
 from blip2_kernels.ops.cross_attention import launch as cross
 from blip2_kernels.ops.image_text_similarity import launch as similarity
@@ -31,6 +33,7 @@ from blip2_kernels.ops.self_attention import launch as self_launch
 from blip2_kernels.ops.self_attention.triton import op as self_op
 
 CURRENT = "as shipped"
+CASES = bench_attention.CASES | bench_latent_similarity.CASES
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Target:
     """A kernel to look at.
 
     Attributes:
-        cases: of bench/kernels.py, by which it is judged.
+        cases: by which it is judged.
         use: the context in which a candidate serves.
         candidates: what is tried.
         backward: whether the gradients are timed too.
@@ -147,24 +150,18 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def candidate_calls(target: Target, case_name: str, config: Config | None) -> list[Callable[[], object]]:
-    case = CASES[case_name]()
-    ours = case.peers[OURS]
+def candidate_calls(target: Target, case_name: str, config: Config | None) -> list[Call]:
+    """Our calls of a case, forward alone or with its backward, under a candidate or as shipped."""
 
-    def calls() -> list[Callable[[], object]]:
-        made = []
-        for inputs in input_sets(case, case.moved[0])[:4]:
-            tensors = ours.prepare(*inputs)
-            if target.backward:
-                made.append(with_backward(ours.compute, tensors))
-            else:
-                made.append(partial(without_gradients, ours.compute, tensors))
-        return made
+    def calls() -> list[Call]:
+        case = CASES[case_name + "-backward" * target.backward].build(Setting("cuda", compiles=False))
+        ours = case.peers[OURS]
+        return [] if isinstance(ours, str) else list(ours.calls[:4])
 
     if config is None:
         return calls()
 
-    def under(call: Callable[[], object]) -> object:
+    def under(call: Call) -> object:
         with target.use(config):
             return call()
 

@@ -1,37 +1,332 @@
-"""The benchmarks' gate: a backend whose results are wrong fails, and no figure of it is written."""
+"""Benchmarks: no figure without a right result, peers on the path they are named for, a gate that works."""
 
+import importlib
 import json
+import math
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
 from processes import clean_environment
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
+H200 = ROOT / "bench" / "results" / "nvidia-h200"
+
+
+@pytest.fixture
+def bench(monkeypatch) -> SimpleNamespace:
+    """Modules of bench/ by name, as they import one another."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    names = ("attention_peers", "bench_attention", "cases", "report", "runner")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+@pytest.fixture
+def compiled_plainly(monkeypatch):
+    """torch.compile traces as ever and leaves the C++ compiler out."""
+    plainly = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda *given, mode=None, **options: plainly(*given, **options))
+    yield
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------------ peers
+
+TINY = {
+    "bench_attention": [
+        *("self-queries-1", "self-itm-4-backward", "self-itg-4", "self-itc+itg-4", "self-itc+itg-4-backward"),
+        *("cross-1x257", "cross-1x257-by-4-backward"),
+    ],
+    "bench_latent_similarity": ["latent-1x257", "similarity-100x100-backward"],
+    "bench_row_operators": ["add_layer_norm-1024-backward", "bias_gelu-1024", "embed_tokens-32-backward"],
+    "bench_queries": ["queries-1x257", "queries-text-1x257", "queries-2x257-bf16", "queries-1x257-compiled"],
+    "bench_stage1": ["stage1-1x257-fp32", "stage1-1x257-bf16", "stage1-1x257-fp32-compiled"],
+    "bench_rerank": ["rerank-1x4", "rerank-1x32-compiled"],
+    "bench_stage2": ["stage2-1x257"],
+    "bench_captioning": ["captioning-1-shallow"],
+}
+
+
+@pytest.mark.parametrize(("module", "case"), [(m, c) for m, names in TINY.items() for c in names])
+def test_every_peer_is_right(bench, compiled_plainly, module, case):
+    """Also those that compile: with `fullgraph=True`, so a break in the graph would be an error."""
+    spec = importlib.import_module(module).CASES[case]
+    setting = bench.cases.Setting("cpu", tiny=True)
+    runner = bench.runner.Runner(setting, bench.runner.Results(), check_only=True)
+    rows = runner.run(case, spec, spec.peers)
+    assert {row.peer: row.failed for row in rows if row.failed} == {}
+    there = {row.peer for row in rows if row.runs}
+    assert spec.ours in there and len(there) > 1
+    for row in rows:
+        assert row.absent is None or row.agreement is None
+        if row.peer in ("compiled", "ours, compiled", "published, sdpa, compiled"):
+            assert row.agreement is not None, f"{row.peer} was not compared"
+
+
+def operators(call) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()
+    return {event.name for event in profiler.events() if "scaled_dot_product" in event.name}
+
+
+FLASH, MATH = "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math"
+
+
+@pytest.mark.parametrize(
+    ("module", "case", "taken"),
+    [
+        ("bench_attention", "self-itm-4", {"eager": None, "sdpa flash": FLASH, "sdpa math": MATH}),
+        ("bench_attention", "cross-1x257", {"eager": None, "sdpa flash": FLASH, "sdpa math": MATH}),
+        ("bench_queries", "queries-1x257", {"transformers, eager": None, "transformers, sdpa": FLASH}),
+        ("bench_rerank", "rerank-1x4", {"published, eager": None, "published, sdpa": FLASH}),
+    ],
+)
+def test_peers_take_the_path_they_are_named_for(bench, module, case, taken):
+    setting = bench.cases.Setting("cpu", tiny=True, compiles=False)
+    peers = importlib.import_module(module).CASES[case].build(setting).peers
+    for name, operator in taken.items():
+        found = operators(peers[name].calls[0])
+        assert {FLASH, MATH} & found == ({operator} if operator else set()), name
+
+
+def test_flash_attention_gets_sequences_that_give_our_result(bench, monkeypatch):
+    """The parts that go to FlashAttention and xformers, with a plain stand-in for their functions."""
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        outs = []
+        for i in range(len(cu_seqlens_q) - 1):
+            rows, keys = (slice(*cu[i : i + 2].tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
+            one, two = q[rows].transpose(0, 1), k[keys].transpose(0, 1)
+            seen = torch.ones(one.shape[1], two.shape[1], dtype=torch.bool)
+            seen = seen.tril(two.shape[1] - one.shape[1]) if causal else seen
+            assert one.shape[1] <= max_seqlen_q and two.shape[1] <= max_seqlen_k
+            out = F.scaled_dot_product_attention(one, two, v[keys].transpose(0, 1), attn_mask=seen)
+            outs.append(out.transpose(0, 1))
+        return torch.cat(outs)
+
+    monkeypatch.setitem(sys.modules, "stand_in", SimpleNamespace(flash_attn_varlen_func=varlen))
+
+    def packed(setting, parts, prepare, read):
+        calls = [bench.attention_peers.flash("stand_in", part, "cpu") for part in parts]
+        compute = bench.attention_peers.in_parts(calls)
+        names = bench.attention_peers.PACKED
+        return dict.fromkeys(names, bench.cases.Way(compute, prepare, read))
+
+    monkeypatch.setattr(bench.bench_attention, "packed_peers", packed)
+    setting = bench.cases.Setting("cpu", tiny=True, compiles=False)
+    for case in (
+        "self-queries-4",
+        "self-itm-4-backward",
+        "self-itg-4",
+        "self-itc+itg-4-backward",
+        "cross-2x257-by-3",
+    ):
+        runner = bench.runner.Runner(setting, bench.runner.Results(), check_only=True)
+        rows = runner.run(case, bench.bench_attention.CASES[case], ["flash-attention 2", "xformers"])
+        assert [row.failed for row in rows] == [None, None] and all(row.agreement for row in rows), case
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def planted(bench, **others):
+    """A case of four numbers, whose peers are those given."""
+    numbers = torch.arange(1.0, 5.0)
+    calls = {"ours": lambda: numbers * 2, "plain": lambda: numbers + numbers, **others}
+    peers = {n: call if isinstance(call, str) else bench.cases.Peer([call]) for n, call in calls.items()}
+
+    def build(_):
+        return bench.cases.Case(
+            peers, lambda: [numbers.double() * 2], lambda: [numbers * 2], operations=4.0, moved=32.0
+        )
+
+    return bench.cases.Spec("planted", build, tuple(peers))
+
+
+def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(bench, tmp_path):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    calls = iter(range(1, 100))
+
+    def later():  # right when it is checked, and for two rounds
+        if next(calls) > 4:
+            raise RuntimeError("worn out")
+        return torch.arange(1.0, 5.0) * 2
+
+    spec = planted(
+        bench,
+        wrong=lambda: torch.arange(1.0, 5.0) * 2.01,
+        other_shape=lambda: torch.ones(3),
+        nan=lambda: torch.full((4,), math.nan),
+        large=out_of_memory,
+        later=later,
+        gone="somebody is not installed",
+    )
+    path = tmp_path / "results.json"
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(path), rounds=8)
+    rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
+    assert set(runner.timings) == {"ours", "plain"}
+    assert rows["wrong"].failed.startswith("wrong: error 5.00e-03")
+    assert rows["nan"].failed.startswith("wrong: error inf")
+    assert rows["other_shape"].failed == "ValueError: expected a result [4], got [3]"
+    assert rows["large"].failed == "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB"
+    assert (
+        rows["later"].failed == "RuntimeError: worn out"
+        and rows["gone"].absent == "somebody is not installed"
+    )
+    for name in ("wrong", "other_shape", "nan", "large", "later", "gone"):
+        assert rows[name].eager is None and rows[name].ratio is None, name
+    kept = {row["peer"]: row for row in bench.report.read_rows(path)}
+    ours = kept["ours"]
+    assert ours["eager"]["rounds"] == 8 and ours["ratio"]["median"] == 1.0 and ours["floor_ms"] > 0
+    assert kept["plain"]["ratio"]["low"] < kept["plain"]["ratio"]["median"] < kept["plain"]["ratio"]["high"]
+    for fact in ("device", "revision", "torch", "transformers", "threads", "clocks_mhz", "roofline", "date"):
+        assert fact in ours["about"], fact
+    assert ours["seed"] == 0 and ours["bytes"] == 32.0 and ours["dtype"] == "float32"
+
+
+def test_ctrl_c_leaves_the_finished_rows(bench, tmp_path):
+    path = tmp_path / "results.json"
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(path), rounds=2)
+    runner.run("first", planted(bench), ["ours", "plain"])
+    interrupted = planted(bench, slow=lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("second", interrupted, interrupted.peers)
+    assert [row["case"] for row in bench.report.read_rows(path)] == ["first", "first"]
+    assert list(tmp_path.iterdir()) == [path]
+    resumed = bench.runner.Results.at(path, resume=True)
+    revision = resumed.rows[0]["about"]["revision"]
+    assert resumed.has("first", revision) and not resumed.has("second", revision)
+    assert not resumed.has("first", "another") and bench.runner.Results.at(path, resume=False).rows == []
+
 
 PLANTED = """
+import time
 from blip2_kernels.ops.cross_attention import sdpa
 
 right = sdpa.cross_attention_sdpa
-sdpa.cross_attention_sdpa = lambda *args, **kwargs: right(*args, **kwargs) * 1.001
+
+def changed(*args, **kwargs):
+    {change}
+
+sdpa.cross_attention_sdpa = changed
 """
 
 
-def run_bench(folder: Path, *options: str) -> tuple[int, list[str], str]:
-    """Exit status, names of the benchmarks that have a figure, and the output."""
+def run_bench(folder: Path, change: str, *options: str) -> tuple[int, dict[str, dict], str]:
+    """Exit status, the benchmarks that have a figure by peer, and the output."""
     figures = folder / "figures.json"
+    figures.unlink(missing_ok=True)
+    (folder / "planted_change.py").write_text(PLANTED.format(change=change))
     command = [
-        *(sys.executable, "-m", "pytest", "bench", "-k", "cross_attention and own and forward"),
-        *(f"--benchmark-json={figures}", *options),
+        *(sys.executable, "-m", "pytest", "bench/bench_attention.py", "-k", "ours or eager"),
+        *(
+            "-p",
+            "planted_change",
+            "-p",
+            "no:cacheprovider",
+            "--device=cpu",
+            "--only=cross-1x257",
+            "--rounds=5",
+        ),
+        *(f"--benchmark-storage={folder}", f"--benchmark-json={figures}", *options),
     ]
     environment = clean_environment(PYTHONPATH=str(folder))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    timed = json.loads(figures.read_text())["benchmarks"] if figures.exists() and figures.read_text() else []
-    return done.returncode, [entry["extra_info"]["backend"] for entry in timed], done.stdout
+    text = figures.read_text() if figures.exists() else ""
+    timed = json.loads(text)["benchmarks"] if text else []
+    return done.returncode, {entry["extra_info"]["peer"]: entry for entry in timed}, done.stdout + done.stderr
 
 
-def test_a_wrong_result_is_not_timed(tmp_path):
-    (tmp_path / "planted_fault.py").write_text(PLANTED)
-    status, timed, output = run_bench(tmp_path, "-p", "planted_fault")
-    assert status == 1 and set(timed) == {"reference"}, output
-    assert "torch: output: error" in output
+def test_the_gates_of_pytest_bench(tmp_path):
+    """A slowed kernel fails the comparison with an earlier run, a wrong one fails and has no figure."""
+    gate = ("--benchmark-compare", "--benchmark-compare-fail=median:400%")
+    status, timed, output = run_bench(tmp_path, "return right(*args, **kwargs)", "--benchmark-save=before")
+    assert status == 0 and set(timed) == {"ours", "eager"}, output
+    assert timed["ours"]["group"] == "cross-1x257" and timed["ours"]["stats"]["rounds"] == 5
+
+    slowed = "time.sleep(0.2); return right(*args, **kwargs)"
+    status, timed, output = run_bench(tmp_path, slowed, *gate)
+    assert status != 0 and "Performance has regressed" in output and "cross-1x257: ours" in output, output
+    assert timed["ours"]["stats"]["median"] >= 0.2
+
+    status, timed, output = run_bench(tmp_path, "return right(*args, **kwargs) * 1.001")
+    assert status == 1 and set(timed) == {"eager"} and "wrong: error" in output, output
+
+
+# ---------------------------------------------------------------------------------------------------- reports
+
+
+def row(case: str, peer: str = "ours", median: float = 1.0, ratio: dict | None = None, **changes) -> dict:
+    timing = {"median": median, "p20": median, "p80": median, "rounds": 5}
+    blank = dict(
+        group="planted", case=case, peer=peer, dtype="float32", shape={}, device_time=None, warm=None,
+        eager=timing, host=None, ratio=ratio, share=None, bytes=1.0, flops=None, floor_ms=None,
+        of_roofline=None, peak_mib=None, launches=None, absent=None, failed=None, remarks=[], about={},
+    )  # fmt: skip
+    return blank | changes
+
+
+def test_cost_that_grows_has_its_exponent_beside_that_of_its_flops(bench):
+    sizes = (1, 4, 16, 64)
+    rows = [
+        row(
+            f"c{n}",
+            median=3 * n**1.5,
+            flops=7 * n**2,
+            floor_ms=0.1 * n,
+            shape={"batch": n, "image tokens": 257},
+        )
+        for n in sizes
+    ]
+    rows.append(row("other", shape={"batch": 8, "image tokens": 677}))  # another line, and too short for one
+    (growth,) = bench.report.growths(rows)
+    assert growth.axis == "batch" and growth.sizes == sizes and growth.label == "planted, 257 image tokens"
+    exponents = [growth.exponent(values) for values in (growth.times, growth.flops, growth.floors)]
+    assert exponents == pytest.approx([1.5, 2.0, 1.0])
+    assert "| planted, 257 image tokens | batch | 1, 4, 16, 64 | ours | 1.50 | 2.00 | 1.00 |" in "\n".join(
+        bench.report.growth_table(rows)
+    )
+
+
+def test_a_repeated_run_is_held_against_the_first(bench, tmp_path):
+    def run(*medians: float, width: float = 0.05) -> list[dict]:
+        ratios = ({"median": m, "low": m * (1 - width), "high": m * (1 + width)} for m in medians)
+        return [row(f"c{i}", "peer", ratio=ratio) for i, ratio in enumerate(ratios)]
+
+    first = run(*[2.0] * 10)
+    assert bench.report.compare(first, run(*[2.05] * 10)).holds
+    one_outside = bench.report.compare(first, run(*[2.0] * 9, 2.15))
+    assert one_outside.holds and one_outside.within == 9 and one_outside.whose == "c9: peer"
+    assert not bench.report.compare(first, run(*[2.0] * 8, 2.15, 2.15)).holds, "8 of 10"
+    assert not bench.report.compare(run(*[2.0] * 10, width=0.2), run(*[2.0] * 9, 2.25)).holds, "12% off"
+    assert not bench.report.compare(first, []).holds, "nothing was compared"
+    paths = [tmp_path / name for name in ("old.json", "new.json")]
+    for path, median in zip(paths, (2.0, 2.5), strict=True):
+        path.write_text(json.dumps({"rows": run(median)}))
+    command = [sys.executable, str(ROOT / "bench" / "report.py"), "--repeat-check", *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert done.returncode == 1 and "the furthest is 25.0% off (c0: peer" in done.stdout, done.stderr
+
+
+def test_pictures_come_from_the_rows_alone_and_can_be_missing(bench, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text((H200 / "results.json").read_text())
+    drawn = bench.report.write(tmp_path).read_text()
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert {"ratios-models.png", "latency-over-batch-operators.png", "memory.png"} <= set(names)
+    assert all((tmp_path / name).stat().st_size > 10_000 and f"({name})" in drawn for name in names)
+
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    monkeypatch.delitem(sys.modules, "pictures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plain = bench.report.write(tmp_path).read_text()
+    assert "no pictures: import of matplotlib halted" in capsys.readouterr().err
+    assert plain.splitlines() and "![" not in plain and "| stage1-100x257 | ours |" in plain

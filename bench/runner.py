@@ -1,0 +1,369 @@
+"""Runs a case: every peer is checked, then all are timed in turn; what was found is a row a peer."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import about
+import measure
+import torch
+from cases import Case, Peer, Result, Setting, Spec
+from measure import Timing, said
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip2_kernels.ops.flops import FORMULAS
+
+SEED = 0
+INTERVAL_FLOOR = 0.03
+"""A ratio's interval is no narrower to either side: where code and data come to lie in memory differs from
+process to process, and no round of one process shows it."""
+
+
+@dataclass
+class Row:
+    """What is known of a peer in a case. Times by kind as `measure.Timing.json`, in milliseconds.
+
+    Attributes:
+        device_time: of its kernels in a CUDA graph, cache-cold, or the reason why there is none.
+        warm: the same, cache-warm.
+        eager: of a call as it stands.
+        host: until its launches are out.
+        ratio: time over that of ours, by rounds: median and interval [low, high].
+        share: of a part in the time of the whole.
+        bytes, flops: that must be moved; that it computes, counted.
+        floor_ms: what the device's measured copy and product leave as least time of the case.
+        of_roofline: that over the time.
+        kernel_ms, launches, kernels: sum, number and the longest of one call's kernels, by the profiler.
+        agreement: error against truth, and what was allowed; None where nothing is compared.
+        absent: why the peer is not here.
+        failed: why it has no figure: it crashed, ran out of memory or is wrong.
+        remarks: why a figure beside the times is missing.
+        about: device, revision, versions, and the clocks right before the rounds.
+    """
+
+    group: str
+    case: str
+    peer: str
+    dtype: str | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    seed: int = SEED
+    device_time: dict[str, float] | str | None = None
+    warm: dict[str, float] | None = None
+    eager: dict[str, float] | None = None
+    host: dict[str, float] | None = None
+    ratio: dict[str, float] | None = None
+    share: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    floor_ms: float | None = None
+    of_roofline: float | None = None
+    peak_mib: float | None = None
+    launches: int | None = None
+    kernel_ms: float | None = None
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)
+    agreement: dict[str, float] | None = None
+    absent: str | None = None
+    failed: str | None = None
+    remarks: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> bool:
+        return self.absent is None and self.failed is None
+
+
+@contextmanager
+def noted(row: Row, what: str | None = None) -> Iterator[None]:
+    """A failure inside becomes the row's; with `what` only a remark that this is missing."""
+    try:
+        yield
+    except Exception as error:  # out of memory, a compiler that gives up: a result, and the others go on
+        if what is None:
+            row.failed = said(error)
+        else:
+            row.remarks.append(f"{what}: {said(error)}")
+
+
+def distance(got: Result, truth: Result, order: float) -> float:
+    """The largest error of any tensor, as a share of the norm of its truth."""
+    worst = 0.0
+    for one, right in zip(got, truth, strict=True):
+        if one.shape != right.shape:
+            raise ValueError(f"expected a result {list(right.shape)}, got {list(one.shape)}")
+        one, right = one.detach().to(right.dtype), right.detach()
+        error = torch.linalg.vector_norm((one - right).flatten(), order)
+        size = torch.linalg.vector_norm(right.flatten(), order).clamp(min=1e-30)
+        value = float(error / size)
+        worst = max(worst, value if value == value else float("inf"))
+    return worst
+
+
+def count_flops(peer: Peer) -> int:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        peer.calls[0]()
+    return counter.get_total_flops()
+
+
+def peak_mib(case: Case, peer: Peer, device: str) -> float:
+    """Memory that one call takes at most, on top of what is there before."""
+    case.clean()
+    if device == "cpu":
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler:
+            peer.calls[0]()
+        events = profiler.profiler.kineto_results.events()
+        held = peak = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak / 2**20
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    peer.calls[0]()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def profile(peer: Peer, row: Row) -> None:
+    """Kernels of one call: how many, how long, and which."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        peer.calls[0]()
+        torch.cuda.synchronize()
+    names: dict[str, tuple[float, int]] = {}
+    for event in profiler.events():
+        other = event.name.startswith(("Memcpy", "Memset", "#")) or getattr(
+            event, "is_user_annotation", False
+        )
+        if event.device_type == DeviceType.CUDA and not other:
+            spent, count = names.get(event.name, (0.0, 0))
+            names[event.name] = spent + event.time_range.elapsed_us() / 1e3, count + 1
+    row.launches = sum(count for _, count in names.values())
+    row.kernel_ms = sum(spent for spent, _ in names.values())
+    longest = sorted(names.items(), key=lambda item: -item[1][0])[:12]
+    row.kernels = [(name[:120], spent, count) for name, (spent, count) in longest]
+
+
+@dataclass
+class Results:
+    """Rows of all cases so far, kept in a file that is whole at any time.
+
+    Attributes:
+        path: of the JSON file; None keeps nothing.
+        rows: of all cases.
+    """
+
+    path: Path | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, path: Path | None, resume: bool) -> "Results":
+        """Those of an earlier run where it is resumed, else none."""
+        if resume and path is not None and path.is_file():
+            return cls(path, json.loads(path.read_text())["rows"])
+        return cls(path)
+
+    def has(self, case: str, revision: str) -> bool:
+        return any(row["case"] == case and row["about"].get("revision") == revision for row in self.rows)
+
+    def keep(self, case: str, rows: Sequence[Row]) -> None:
+        """Take a case's rows, in place of older ones, and rewrite the file."""
+        self.rows = [row for row in self.rows if row["case"] != case] + [vars(row) for row in rows]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            half = self.path.with_suffix(".part")
+            half.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
+            os.replace(half, self.path)
+
+
+@dataclass
+class Runner:
+    """Runs cases one after the other.
+
+    Attributes:
+        setting: what they are built with.
+        results: where their rows go.
+        rounds: timed rounds a case, at most.
+        seconds: of timed rounds a case on a CPU, as far as five rounds allow.
+        budget: no case starts after so many seconds.
+        check_only: run and check every peer, time nothing (fills the caches of compilers).
+        profiles: look at the kernels of every peer on a GPU.
+    """
+
+    setting: Setting
+    results: Results
+    rounds: int = 21
+    seconds: float = 4.0
+    budget: float = float("inf")
+    check_only: bool = False
+    profiles: bool = False
+    begun: float = field(default_factory=time.perf_counter)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    _roofline: measure.Roofline | None = None
+    _facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, name: str, spec: Spec, wanted: Sequence[str]) -> list[Row]:
+        """Rows of the wanted peers; `timings` then holds their rounds by peer."""
+        rows = {peer: Row(spec.group, name, peer) for peer in wanted}
+        self.timings = {}
+        if not self.check_only:
+            for row in rows.values():
+                row.about = self.facts()
+        if time.perf_counter() - self.begun > self.budget:
+            reason = f"the budget of {self.budget:.0f} s is spent"
+            for row in rows.values():
+                row.absent = reason
+            self.results.keep(name, list(rows.values()))
+            return list(rows.values())
+        try:
+            torch.manual_seed(SEED)
+            case = spec.build(self.setting)
+            self._run(case, spec.ours, rows)
+        except Exception as error:
+            for row in rows.values():
+                row.failed = row.failed or said(error)
+        finally:
+            case = None
+            self._clear()
+        if not self.check_only:
+            self.results.keep(name, list(rows.values()))
+        return list(rows.values())
+
+    def _clear(self) -> None:
+        torch._dynamo.reset()
+        self.setting.empty_cache()
+
+    def _run(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
+        dtype = str(case.dtype).removeprefix("torch.")
+        for name, row in rows.items():
+            row.dtype, row.shape, row.bytes = dtype, dict(case.shape), case.moved
+            peer = case.peers[name]
+            if isinstance(peer, str):
+                row.absent = peer
+        self._check(case, rows)
+        if self.check_only:
+            return
+        for row in rows.values():
+            row.about = row.about | {"clocks_mhz": about.clocks(self.setting.device)}
+        self._time(case, ours, rows)
+        self.setting.empty_cache()
+        self._count(case, ours, rows)
+
+    def facts(self) -> dict[str, Any]:
+        """Where, with what and how this is measured; the roofline is measured when first asked for."""
+        if not self._facts:
+            self._roofline = measure.Roofline.measure(self.setting.device, self.setting.tiny)
+            self._facts = about.about(self._roofline, self.setting.device) | {"tiny": self.setting.tiny}
+        return self._facts
+
+    def _check(self, case: Case, rows: Mapping[str, Row]) -> None:
+        """Run every peer and compare it: one that is wrong is not timed."""
+        truth, rounding = None, 0.0
+        if case.truth is not None and case.plain is not None:
+            truth = [value.clone() for value in case.truth()]
+            rounding = 2 * distance(case.plain(), truth, case.order)
+            self.setting.empty_cache()
+        for name, row in rows.items():
+            if row.absent:
+                continue
+            peer: Any = case.peers[name]
+            with noted(row):
+                if peer.unchecked or truth is None:
+                    for call in peer.calls:
+                        call()
+                    continue
+                allowed = rounding + (case.floor if peer.floor is None else peer.floor)
+                error = distance([value.clone() for value in peer.result()], truth, case.order)
+                row.agreement = {"error": error, "allowed": allowed}
+                if not error <= allowed:
+                    row.failed = f"wrong: error {error:.2e}, allowed {allowed:.2e}"
+        case.clean()
+
+    def _time(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
+        """All times of the peers that are right, in turn."""
+        cuda = self.setting.device == "cuda"
+        running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
+        rounds = max(1, round(self.rounds * case.rounds))
+        calls = {name: peer.calls for name, peer in running.items()}
+        seconds = None if cuda else self.seconds
+        eager = measure.eager_times(calls, self.setting.device, rounds=rounds, seconds=seconds)
+        for name, timing in eager.items():
+            if isinstance(timing, str):
+                rows[name].failed = timing
+            else:
+                rows[name].eager, self.timings[name] = timing.json(), timing
+        if cuda:
+            self._time_on_device(case, rows, rounds)
+        mine = self.timings.get(ours)
+        device = isinstance(rows[ours].device_time, dict) if ours in rows else False
+        for name, timing in self.timings.items():
+            same_kind = isinstance(rows[name].device_time, dict) == device
+            if mine is None or not same_kind or timing.rounds != mine.rounds:
+                continue
+            if running[name].part:
+                rows[name].share = timing.median / mine.median
+            else:
+                over = timing.over(mine)
+                low, high = 1 - INTERVAL_FLOOR, 1 + INTERVAL_FLOOR
+                interval = {
+                    "low": min(over.p20, low * over.median),
+                    "high": max(over.p80, high * over.median),
+                }
+                rows[name].ratio = {"median": over.median, **interval}
+
+    def _time_on_device(self, case: Case, rows: Mapping[str, Row], rounds: int) -> None:
+        running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
+        few = 5 if case.rounds == 1 else 1
+        calls = {name: peer.calls for name, peer in running.items() if peer.host}
+        for name, timing in measure.host_times(calls, rounds=max(3, rounds // 4), calls=few).items():
+            if isinstance(timing, Timing):
+                rows[name].host = timing.json()
+        self.setting.empty_cache()
+        calls = {name: peer.calls for name, peer in running.items() if peer.captured}
+        for name, made in measure.device_times(calls, rounds=rounds).items():
+            rows[name].device_time = made if isinstance(made, str) else made.json()
+            if isinstance(made, Timing):
+                self.timings[name] = made
+        for name, peer in running.items():
+            if peer.graph and rows[name].eager:
+                rows[name].device_time = rows[name].eager
+        cold = {name for name, row in rows.items() if isinstance(row.device_time, dict)}
+        once = {name: calls[name][:1] for name in calls if name in cold and len(calls[name]) > 1}
+        for name, made in measure.device_times(once, rounds=max(3, rounds // 4)).items():
+            rows[name].warm = made.json() if isinstance(made, Timing) else None
+
+    def _count(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
+        """FLOPs, memory, kernels, and what the roofline leaves of the time."""
+        cuda = self.setting.device == "cuda"
+        for name, row in rows.items():
+            peer: Any = case.peers[name]
+            if not row.runs or not peer.counted:
+                continue
+            with noted(row, "FLOPs"):
+                row.flops = count_flops(peer)
+            with noted(row, "peak"):
+                row.peak_mib = peak_mib(case, peer, self.setting.device)
+            if cuda and self.profiles:
+                with noted(row, "kernels"):
+                    profile(peer, row)
+        case.clean()
+        operations = case.operations
+        if operations is None and ours in rows:
+            operations = rows[ours].flops
+        if self._roofline is None or operations is None:
+            return
+        for name, row in rows.items():
+            timing = self.timings.get(name)
+            if timing is None or getattr(case.peers[name], "part", False):
+                continue
+            row.floor_ms = self._roofline.floor_ms(case.moved, operations, row.dtype or "float32")
+            row.of_roofline = row.floor_ms / timing.median
