@@ -85,9 +85,15 @@ class Flex:
 
 
 def dense_peers(
-    setting: Setting, masked: bool, backward: bool, make: Callable[[Attend], Way]
+    setting: Setting, masked: bool, not_flex: str | None, make: Callable[[Attend], Way]
 ) -> dict[str, Way | str]:
-    """A way, or a reason against it, for every peer that takes dense inputs."""
+    """A way, or a reason against it, for every peer that takes dense inputs.
+
+    Args:
+        masked: there is a mask.
+        not_flex: a reason against FlexAttention.
+        make: makes a way of a function of q, k, v and the mask.
+    """
     ways: dict[str, Way | str] = {EAGER: make(eager)}
     for name, backend in SDPA.items():
         ways[name] = make(partial(sdpa, backend))
@@ -95,9 +101,21 @@ def dense_peers(
             ways[name] = "a CPU has no such backend"
         elif setting.device == "cuda" and backend == SDPBackend.FLASH_ATTENTION and masked:
             ways[name] = "it takes no mask on a GPU"
-    no_backward = "it has no backward on a CPU" if backward and setting.device == "cpu" else None
-    ways[FLEX] = no_backward or setting.without_compiler() or make(Flex())
+    ways[FLEX] = not_flex or setting.without_compiler() or make(Flex())
     return ways
+
+
+def against_flex(setting: Setting, backward: bool, usual: bool) -> str | None:
+    """On a CPU it has no backward, and each shape costs a run of the C++ compiler."""
+    if setting.device == "cuda":
+        return None
+    if backward:
+        return "it has no backward on a CPU"
+    return (
+        None
+        if usual
+        else "on a CPU it is compiled for self-attention of 4 samples and 257 image tokens alone"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- packed

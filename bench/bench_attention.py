@@ -7,7 +7,7 @@ that making it costs. Texts of 12 tokens on average are padded to 32 for peers t
 from functools import partial
 
 import torch
-from attention_peers import PEERS, Attend, Part, dense_peers, packed_peers
+from attention_peers import PEERS, Attend, Part, against_flex, dense_peers, packed_peers
 from cases import FULL, NAMED, OURS, SHORT, Case, Setting, Spec, Way, operator_case
 from torch import Tensor
 
@@ -58,10 +58,11 @@ def self_case(
         return attend(*fused.unbind(1), backend=backend)
 
     padding = Padding(samples, modes, real, layout, setting)
+    not_flex = against_flex(setting, backward, samples == 4)
     ways: dict[str, Way | str] = {
         OURS: Way(partial(run, "triton" if device == "cuda" else "auto")),
         TORCH: Way(partial(run, "torch")) if device == "cuda" else "the same as ours on a CPU",
-        **dense_peers(setting, bool(modes), backward, padding.way),
+        **dense_peers(setting, bool(modes), not_flex, padding.way),
         **packed_peers(setting, padding.parts(lengths), padding.packed, padding.unpacked),
     }
     rows, size = layout.rows, setting.dtype.itemsize
@@ -236,8 +237,9 @@ def cross_case(
     def way(attend: Attend) -> Way:
         return Way(lambda q, k, v: attend(q, k, v, None), stacked, unstacked)
 
+    not_flex = against_flex(setting, backward, tokens == 257)
     part = Part((samples_an_image * QUERIES,) * images, (tokens,) * images)
-    peers = {**dense_peers(setting, False, backward, way), **packed_peers(setting, [part], packed, unpacked)}
+    peers = {**dense_peers(setting, False, not_flex, way), **packed_peers(setting, [part], packed, unpacked)}
     torch_path: Way | str = Way(partial(run, "torch")) if device == "cuda" else "the same as ours on a CPU"
     if dropout:  # they would draw another mask, and have no name for a row that keeps its own
         peers = dict.fromkeys(peers, "its dropout mask is another")

@@ -180,12 +180,15 @@ def with_backward(compute: Callable[..., object], tensors: Sequence[Tensor]) -> 
     return call
 
 
-def input_sets(draw: Callable[[], Sequence[Tensor]], moved: float, device: str) -> list[Sequence[Tensor]]:
+def input_sets(
+    draw: Callable[[], Sequence[Tensor]], moved: float, setting: Setting
+) -> list[Sequence[Tensor]]:
     """Enough sets of inputs that none is still in the last cache when its turn comes again."""
     cache = 2**25
-    if device == "cuda":
+    if setting.device == "cuda":
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return [draw() for _ in range(max(2, min(12, round(3 * cache / moved))))]
+    count = max(2, min(12, round(3 * cache / moved)))
+    return [draw() for _ in range(setting.few(count, 2))]
 
 
 def results_of(way: Way, inputs: Sequence[Tensor], backward: bool) -> Result:
@@ -220,7 +223,7 @@ def operator_case(
         operations: floating-point operations, forward; backward.
         shape: as `Case` has it.
     """
-    sets = input_sets(draw, moved[0], setting.device)
+    sets = input_sets(draw, moved[0], setting)
     dtype = sets[0][0].dtype
     exact = torch.float64 if setting.device == "cpu" else torch.float32
     plain = Way(reference)

@@ -171,6 +171,10 @@ def timed(request, house, benchmark, case, peer) -> Callable[[], None]:
         if house.resume and house.case != case and house.runner.results.has(case, house.revision):
             pytest.skip("measured before at this revision")
         row = house.row(case, request.module.CASES[case], peer)
+        if house.runner.lost:
+            pytest.exit(
+                f"{case} has lost the GPU ({house.runner.lost}); --resume runs the rest", returncode=3
+            )
         if row.absent is not None:
             pytest.skip(row.absent)
         if row.failed is not None:

@@ -168,7 +168,8 @@ def ratio_picture(rows: Sequence[Row], look: Look, path: Path, title: str) -> Pa
         ticks[name] = (start + place - 1) / 2
         place += 0.9
     ends = [row["ratio"]["median"] for its in kept.values() for row in its]
-    left, right = min(0.9, 0.9 * min(ends)), 1.1 * max(2.0, *ends)
+    lows = [row["ratio"].get("low", 1.0) for its in kept.values() for row in its]
+    left, right = 0.9 * min(1.0, *lows), 1.1 * max(2.0, *ends)
     axes.set_xscale("log")
     numbers = [n for n in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if left <= n <= right]
     axes.xaxis.set_minor_locator(NullLocator())
@@ -220,8 +221,7 @@ def memory_picture(rows: Sequence[Row], look: Look, path: Path) -> Path | None:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set_title(name)
-    for axes in grid[-1]:
-        axes.set_xlabel("peak memory of a call, MiB")
+    figure.supxlabel("peak memory of a call, MiB", fontsize=9)
     figure.tight_layout()
     return saved(figure, path)
 

@@ -114,6 +114,8 @@ def said_size(name: str, value: object) -> str:
     """A size in a label: no more than a reader needs."""
     if name in ("mask", "direction"):
         return str(value)
+    if name == "batch":
+        return f"batch {value}"
     if value == 0 or name == "padded" or (name, value) == ("samples an image", 1):
         return ""
     return f"1 {name[:-1]}" if value == 1 and name.endswith("s") else f"{value} {name}"

@@ -22,6 +22,7 @@ SEED = 0
 INTERVAL_FLOOR = 0.03
 """A ratio's interval is no narrower to either side: where code and data come to lie in memory differs from
 process to process, and no round of one process shows it."""
+LOST = "lost the GPU"
 
 
 @dataclass
@@ -173,7 +174,12 @@ class Results:
         return cls(path)
 
     def has(self, case: str, revision: str) -> bool:
-        return any(row["case"] == case and row["about"].get("revision") == revision for row in self.rows)
+        """Whether a case need not run again: it has figures of this revision and none of ours failed, or it
+        has ended the process's use of the GPU."""
+        rows = [r for r in self.rows if r["case"] == case and r["about"].get("revision") == revision]
+        failed = any(row["failed"] and row["peer"].startswith("ours") for row in rows)
+        lost = any((row["failed"] or "").startswith(LOST) for row in rows)
+        return lost or (any(row["eager"] for row in rows) and not failed)
 
     def keep(self, case: str, rows: Sequence[Row]) -> None:
         """Take a case's rows, in place of older ones, and rewrite the file."""
@@ -197,6 +203,7 @@ class Runner:
         budget: no case starts after so many seconds.
         check_only: run and check every peer, time nothing (fills the caches of compilers).
         profiles: look at the kernels of every peer on a GPU.
+        lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
 
     setting: Setting
@@ -206,6 +213,7 @@ class Runner:
     budget: float = float("inf")
     check_only: bool = False
     profiles: bool = False
+    lost: str | None = None
     begun: float = field(default_factory=time.perf_counter)
     timings: dict[str, Timing] = field(default_factory=dict)
     _roofline: measure.Roofline | None = None
@@ -233,14 +241,20 @@ class Runner:
                 row.failed = row.failed or said(error)
         finally:
             case = None
-            self._clear()
+            self._clear(rows)
         if not self.check_only:
             self.results.keep(name, list(rows.values()))
         return list(rows.values())
 
-    def _clear(self) -> None:
+    def _clear(self, rows: Mapping[str, Row]) -> None:
         torch._dynamo.reset()
-        self.setting.empty_cache()
+        try:
+            self.setting.empty_cache()
+        except RuntimeError as error:
+            self.lost = said(error)
+            for row in rows.values():
+                if (row.runs and row.eager is None) or row.failed:
+                    row.failed = f"{LOST}: {said(error)}"
 
     def _run(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
         dtype = str(case.dtype).removeprefix("torch.")
