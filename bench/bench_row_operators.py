@@ -85,7 +85,8 @@ def embed_case(samples: int, backward: bool, setting: Setting, width: int = CHAN
     layout = TokenLayout.from_attention_masks(
         QUERIES, [torch.arange(PADDED) < lengths[:, None]], device=device
     )
-    ids = torch.randint(1, VOCABULARY, (samples, PADDED), device=device)
+    vocabulary = setting.few(VOCABULARY, 500)
+    ids = torch.randint(1, vocabulary, (samples, PADDED), device=device)
     source = layout.texts[0].source
 
     def run(backend: str, queries, words, positions, weight, bias) -> Tensor:
@@ -99,14 +100,14 @@ def embed_case(samples: int, backward: bool, setting: Setting, width: int = CHAN
 
     row = width * dtype.itemsize
     read = (QUERIES + layout.texts[0].rows + PADDED) * row
-    shapes = [(1, QUERIES, width), (VOCABULARY, width), (PLACES, width), (width,), (width,)]
+    shapes = [(1, QUERIES, width), (vocabulary, width), (PLACES, width), (width,), (width,)]
     return operator_case(
         setting,
         lambda: [torch.randn(shape, device=device, dtype=dtype) for shape in shapes],
         partial(run, "reference"),
         ways(setting, run, plain),
         backward=backward,
-        moved=(read + layout.rows * row, read + (layout.rows + QUERIES + VOCABULARY + PLACES) * row),
+        moved=(read + layout.rows * row, read + (layout.rows + QUERIES + vocabulary + PLACES) * row),
         operations=(0, 0),
         shape={"batch": samples, "width": width},
     )

@@ -187,7 +187,8 @@ class Results:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             half = self.path.with_suffix(".part")
-            half.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
+            lines = ",\n".join(json.dumps(row) for row in self.rows)
+            half.write_text(f'{{"rows": [\n{lines}\n]}}\n')
             os.replace(half, self.path)
 
 

@@ -53,7 +53,14 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize(("module", "case"), [(m, c) for m, names in TINY.items() for c in names])
+@pytest.mark.parametrize(
+    ("module", "case"),
+    [
+        pytest.param(module, case, marks=[pytest.mark.slow] * (case == "stage1-2x257-fp32-compiled"))
+        for module, names in TINY.items()
+        for case in names
+    ],
+)
 def test_every_peer_is_right(bench, compiled_plainly, module, case):
     """Also those that compile: with `fullgraph=True`, so a break in the graph would be an error."""
     spec = importlib.import_module(module).CASES[case]
