@@ -65,12 +65,14 @@ class Flex:
     """FlexAttention, compiled for the shapes it meets; the blocks it may leave out are found beforehand."""
 
     def __init__(self) -> None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        self.attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        self.attend: Callable[..., Tensor] | None = None
         self.blocks: dict[int, object] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        if self.attend is None:  # not before: importing the compiler takes seconds
+            from torch.nn.attention.flex_attention import flex_attention
+
+            self.attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         if seen is None:
             return self.attend(q, k, v)
         if id(seen) not in self.blocks:
@@ -106,16 +108,12 @@ def dense_peers(
 
 
 def against_flex(setting: Setting, backward: bool, usual: bool) -> str | None:
-    """On a CPU it has no backward, and each shape costs a run of the C++ compiler."""
-    if setting.device == "cuda":
-        return None
-    if backward:
+    """Each shape costs a run of the compiler, so on a CPU, and without `--full`, it is for the usual ones."""
+    if setting.device == "cpu" and backward:
         return "it has no backward on a CPU"
-    return (
-        None
-        if usual
-        else "on a CPU it is compiled for self-attention of 4 samples and 257 image tokens alone"
-    )
+    if usual or (setting.device == "cuda" and setting.full):
+        return None
+    return "compiled for 4 or 64 samples, or 2 or 64 images of 257 tokens, alone"
 
 
 # --------------------------------------------------------------------------------------------------- packed

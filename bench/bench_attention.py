@@ -58,7 +58,7 @@ def self_case(
         return attend(*fused.unbind(1), backend=backend)
 
     padding = Padding(samples, modes, real, layout, setting)
-    not_flex = against_flex(setting, backward, samples == 4)
+    not_flex = against_flex(setting, backward, samples in (4, 64))
     ways: dict[str, Way | str] = {
         OURS: Way(partial(run, "triton" if device == "cuda" else "auto")),
         TORCH: Way(partial(run, "torch")) if device == "cuda" else "the same as ours on a CPU",
@@ -237,7 +237,7 @@ def cross_case(
     def way(attend: Attend) -> Way:
         return Way(lambda q, k, v: attend(q, k, v, None), stacked, unstacked)
 
-    not_flex = against_flex(setting, backward, tokens == 257)
+    not_flex = against_flex(setting, backward, tokens == 257 and images in (2, 64))
     part = Part((samples_an_image * QUERIES,) * images, (tokens,) * images)
     peers = {**dense_peers(setting, False, not_flex, way), **packed_peers(setting, [part], packed, unpacked)}
     torch_path: Way | str = Way(partial(run, "torch")) if device == "cuda" else "the same as ours on a CPU"

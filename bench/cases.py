@@ -29,6 +29,7 @@ class Setting:
         compiles: peers of torch.compile take part.
         autotune: those in its mode "max-autotune" too.
         capture_steps: training steps are captured in CUDA graphs.
+        full: there is time for more peers.
     """
 
     device: str = "cpu"
@@ -36,6 +37,7 @@ class Setting:
     compiles: bool = True
     autotune: bool = False
     capture_steps: bool = False
+    full: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -146,14 +146,19 @@ MODELS = ("queries", "stage1", "rerank", "stage2", "captioning")
 
 
 def operators(settings: Settings) -> int:
-    command = benches(settings, OPERATORS, 40 if settings.full else 15, 3600 if settings.full else 110)
+    command = benches(settings, OPERATORS, 40 if settings.full else 15, 3600 if settings.full else 140)
     warm(command, max(1, min(8, CORES - 2)), 180)
     return run(command, settings.log("operators"), 3900 if settings.full else 240)
 
 
 def models(settings: Settings) -> int:
     command = benches(settings, MODELS, 30 if settings.full else 12, 1800 if settings.full else 150)
-    return run([*command, *(["--profile"] if settings.full else [])], settings.log("models"), 3600)
+    return run(command, settings.log("models"), 3600)
+
+
+def profile(settings: Settings) -> int:
+    command = benches(settings, MODELS, 1, 600 if settings.full else 45)
+    return run([*command, "--profile"], settings.log("profile"), 900 if settings.full else 120)
 
 
 def tune(settings: Settings) -> int:
@@ -165,7 +170,7 @@ def tune(settings: Settings) -> int:
 
 
 PARTS: dict[str, Callable[[Settings], int]] = {
-    part.__name__: part for part in (build, doctor, tests, sanitizer, operators, models, tune)
+    part.__name__: part for part in (build, doctor, tests, sanitizer, operators, models, profile, tune)
 }
 
 

@@ -146,7 +146,7 @@ def head_of(rows: Sequence[Row]) -> list[str]:
             continue
         seen.append(facts)
         roofline = row["about"]["roofline"]
-        lines += [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+        lines += [f"- {name}: {'none' if value is None else value}" for name, value in facts.items()]
         lines.append(f"- date: {row['about']['date']}")
         lines.append(f"- a copy moves {roofline['copy'] / 1e9:,.1f} GB/s, read and written")
         lines += [

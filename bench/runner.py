@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -203,7 +204,8 @@ class Runner:
         seconds: of timed rounds a case on a CPU, as far as five rounds allow.
         budget: no case starts after so many seconds.
         check_only: run and check every peer, time nothing (fills the caches of compilers).
-        profiles: look at the kernels of every peer on a GPU.
+        profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
+            slower, so this is for a process of its own.
         lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
 
@@ -224,6 +226,8 @@ class Runner:
         """Rows of the wanted peers; `timings` then holds their rounds by peer."""
         rows = {peer: Row(spec.group, name, peer) for peer in wanted}
         self.timings = {}
+        if self.profiles:
+            return self._profile(name, spec, rows)
         if not self.check_only:
             for row in rows.values():
                 row.about = self.facts()
@@ -248,7 +252,8 @@ class Runner:
         return list(rows.values())
 
     def _clear(self, rows: Mapping[str, Row]) -> None:
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+            torch._dynamo.reset()
         try:
             self.setting.empty_cache()
         except RuntimeError as error:
@@ -256,6 +261,29 @@ class Runner:
             for row in rows.values():
                 if (row.runs and row.eager is None) or row.failed:
                     row.failed = f"{LOST}: {said(error)}"
+
+    def _profile(self, name: str, spec: Spec, rows: dict[str, Row]) -> list[Row]:
+        """Kernels of the peers that have figures, added to their rows."""
+        known = {row["peer"]: row for row in self.results.rows if row["case"] == name and row["eager"]}
+        if time.perf_counter() - self.begun <= self.budget and known:
+            case = spec.build(self.setting)
+            for peer in known.keys() & rows.keys():
+                if case.peers[peer].counted:
+                    with noted(rows[peer], "kernels"):
+                        for call in case.peers[peer].calls:
+                            call()
+                        profile(case.peers[peer], rows[peer])
+            case.clean()
+        for peer, row in rows.items():
+            rows[peer] = Row(**known[peer]) if peer in known else row
+            for found in ("launches", "kernel_ms", "kernels") if row.kernel_ms is not None else ():
+                setattr(rows[peer], found, getattr(row, found))
+            rows[peer].remarks = [*rows[peer].remarks, *row.remarks]
+        if known:
+            others = [Row(**r) for r in self.results.rows if r["case"] == name and r["peer"] not in rows]
+            self.results.keep(name, [*rows.values(), *others])
+        self._clear(rows)
+        return list(rows.values())
 
     def _run(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
         dtype = str(case.dtype).removeprefix("torch.")
@@ -358,7 +386,6 @@ class Runner:
 
     def _count(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
         """FLOPs, memory, kernels, and what the roofline leaves of the time."""
-        cuda = self.setting.device == "cuda"
         for name, row in rows.items():
             peer: Any = case.peers[name]
             if not row.runs or not peer.counted:
@@ -367,9 +394,6 @@ class Runner:
                 row.flops = count_flops(peer)
             with noted(row, "peak"):
                 row.peak_mib = peak_mib(case, peer, self.setting.device)
-            if cuda and self.profiles:
-                with noted(row, "kernels"):
-                    profile(peer, row)
         case.clean()
         operations = case.operations
         if operations is None and ours in rows:
