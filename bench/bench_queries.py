@@ -42,8 +42,12 @@ class Models:
         self.setting, self.batch, self.dtype, self.with_text = setting, batch, dtype, text
         torch.manual_seed(0)
         self.options = dict(use_qformer_text_input=True, vocab_size=VOCABULARY) if text else {}
-        self.eager = self.theirs("eager")
-        self.weights = self.eager.state_dict()
+        config = qformer_config(setting, attn_implementation="eager", **self.options)
+        with torch.device(setting.device):
+            self.eager = Blip2QFormerModel(config).eval().to(dtype)
+            self.plain = QFormerModel(qformer_config(setting, **self.options), use_fused=False).eval()
+        self.plain.load_state_dict(self.eager.state_dict())
+        self.plain.to(dtype)
         hidden = self.eager.config.hidden_size
         asked = setting.randn(1, QUERIES, hidden, seed=1, dtype=dtype).expand(batch, -1, -1)
         self.mask: Tensor | None = None
@@ -57,18 +61,16 @@ class Models:
         ]
 
     def theirs(self, implementation: str) -> Blip2QFormerModel:
-        config = qformer_config(self.setting, attn_implementation=implementation, **self.options)
-        with torch.device(self.setting.device):
-            made = Blip2QFormerModel(config).eval().to(self.dtype)
-        if implementation != "eager":
-            made.load_state_dict(self.weights)
+        """A copy of transformers' model with another attention."""
+        made = copy.deepcopy(self.eager)
+        made.set_attn_implementation(implementation)
         return made
 
-    def ours(self, use_fused: bool = True) -> QFormerModel:
-        with torch.device(self.setting.device):
-            made = QFormerModel(qformer_config(self.setting, **self.options), use_fused=use_fused).eval()
-        made.load_state_dict(self.weights)
-        return made.to(self.dtype)
+    def ours(self) -> QFormerModel:
+        """A copy of our model, fused. Not a new one: drawing weights takes longer than a benchmark."""
+        made = copy.deepcopy(self.plain)
+        made.use_fused = True
+        return made
 
     def read(self, model: nn.Module, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Hidden states of the queries."""
@@ -102,10 +104,8 @@ def queries(
     cuda, dtype = setting.device == "cuda", dtype or setting.dtype
     models = Models(setting, batch, tokens, dtype, text)
     read, sets = models.read, models.sets
-    sdpa, plain, fused, prepared, projected = (
-        models.theirs("sdpa"),
-        *map(models.ours, (False, True, True, True)),
-    )
+    sdpa, plain = models.theirs("sdpa"), models.plain
+    fused, prepared, projected = (models.ours() for _ in range(3))
     prepared.fused_encoder.prepare_inference()
     projected.fused_encoder.prepare_inference().force(absorbed_cross_attention=False)
 
