@@ -13,6 +13,7 @@ or is wrong is an expected failure with its reason; only when the failing peer i
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -79,11 +80,15 @@ def setting_of(config) -> Setting:
 
 
 def pytest_configure(config):
-    threads = config.getoption("--threads", None)
-    if threads is not None:
-        if threads < 1:
-            raise pytest.UsageError(f"--threads: expected at least 1, got {threads}")
-        torch.set_num_threads(threads)
+    for name in ("--threads", "--rounds", "--seconds"):
+        value = config.getoption(name, None)
+        if value is not None and value <= 0:
+            raise pytest.UsageError(f"{name}: expected more than 0, got {value}")
+    share = config.getoption("--share", "0/1")
+    if not re.fullmatch(r"\d+/[1-9]\d*", share):
+        raise pytest.UsageError(f"--share: expected I/N, such as 0/8, got {share}")
+    if config.getoption("--threads", None):
+        torch.set_num_threads(config.getoption("--threads"))
     if config.getoption("--device", None) == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: expected a CUDA device, torch sees none")
 

@@ -1,8 +1,10 @@
 """Benchmarks: no figure without a right result, peers on the path they are named for, a gate that works."""
 
 import importlib
+import importlib.util
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -257,6 +259,23 @@ def test_the_gates_of_pytest_bench(tmp_path):
 
     status, timed, output = run_bench(tmp_path, "return right(*args, **kwargs) * 1.001")
     assert status == 1 and set(timed) == {"eager"} and "wrong: error" in output, output
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"--rounds": 0}, "--rounds: expected more than 0, got 0"),
+        ({"--threads": -1}, "--threads: expected more than 0, got -1"),
+        ({"--share": "8"}, "--share: expected I/N, such as 0/8, got 8"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(bench, given, expected):
+    spec = importlib.util.spec_from_file_location("bench_conftest", ROOT / "bench" / "conftest.py")
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    config = SimpleNamespace(getoption=lambda name, default=None: given.get(name, default))
+    with pytest.raises(pytest.UsageError, match=re.escape(expected)):
+        plugin.pytest_configure(config)
 
 
 # ---------------------------------------------------------------------------------------------------- reports
