@@ -8,7 +8,7 @@ that such a kernel has: none, or causal from the last row and key backwards.
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -103,7 +103,7 @@ def dense_peers(
             ways[name] = "a CPU has no such backend"
         elif setting.device == "cuda" and backend == SDPBackend.FLASH_ATTENTION and masked:
             ways[name] = "it takes no mask on a GPU"
-    ways[FLEX] = not_flex or setting.without_compiler() or make(Flex())
+    ways[FLEX] = not_flex or setting.without_compiler() or replace(make(Flex()), counted=False)
     return ways
 
 

@@ -155,11 +155,13 @@ class Way:
         compute: takes the tensors of `prepare` and returns the result, one tensor or several.
         prepare: makes them of the operator's inputs, untimed.
         read: makes the result of what was computed, untimed.
+        counted: FLOPs and memory can be counted (not of what was compiled: counters do not see into it).
     """
 
     compute: Callable[..., Tensor | Sequence[Tensor]]
     prepare: Callable[..., Sequence[Tensor]] = lambda *tensors: tensors
     read: Callable[..., Tensor] = lambda out: out
+    counted: bool = True
 
 
 def listed(out: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -235,7 +237,7 @@ def operator_case(
         make = with_backward if backward else partial(partial, without_gradients)
         calls = [make(way.compute, tensors) for tensors in made]
         check = partial(results_of, way, sets[0], backward)
-        return Peer(calls, check, captured=True, host=True)
+        return Peer(calls, check, captured=True, host=True, counted=way.counted)
 
     peers: dict[str, Peer | str] = {}
     for name, way in ways.items():
