@@ -92,7 +92,7 @@ WORDS = "embeddings.word_embeddings.weight"
 would cost a third of a step."""
 
 
-LEAST_SPREAD = 0.25
+LEAST_SPREAD = 0.4
 """Share of the hidden states' variance that has to lie between queries of one picture (`query_spread`)."""
 
 
