@@ -58,8 +58,7 @@ def sine_positions_2d(height: int, width: int, channels: int, *, temperature: fl
     """
     for name, value in (("height", height), ("width", width), ("channels", channels)):
         check_int(name, value, 1)
-    if check_finite("temperature", temperature) <= 0:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    check_finite("temperature", temperature, above=0)
     if channels % 4:
         raise ValueError(f"channels: expected a multiple of 4 for sine positions, got {channels}")
     frequencies = temperature ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))

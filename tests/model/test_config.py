@@ -48,7 +48,7 @@ def test_a_transformers_config_gives_qformer_queries_and_width():
         ({"sep_token_id": VOCABULARY}, ValueError, r"sep_token_id: .*\[0, 36\], got 37"),
         ({"sep_token_id": 1}, ValueError, r"expected distinct tokens, got \[0, 1, 1, 36\]"),
         ({"pad_token_id": 5}, ValueError, "pad_token_id: expected qformer's 0, got 5"),
-        ({"temperature": 0}, ValueError, "temperature: expected a number > 0, got 0"),
+        ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
         ({"label_smoothing": "no"}, TypeError, "label_smoothing: expected a number"),
         ({"lm_normalisation": "token"}, ValueError, "lm_normalisation: expected one of 'rank', 'global'"),
