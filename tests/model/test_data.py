@@ -374,6 +374,15 @@ def test_dataset_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ImageTextDataset(manifest, **arguments)
+    for arguments, message in (
+        ({"preprocess": 5}, "preprocess: expected a function or None, got int 5"),
+        ({"preprocess": preprocess, "augment": 5}, "augment: expected a function or None, got int 5"),
+        ({"preprocess": preprocess, "progress": True}, "progress: expected a function or None, got bool"),
+        ({"preprocess": preprocess, "seed": "a"}, "seed: expected an int >= 0, got str 'a'"),
+        ({"feature_cache": "cache"}, "feature_cache: expected a FeatureCache or None, got str 'cache'"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            ImageTextDataset(manifest, **arguments)
     with pytest.raises(TypeError, match="manifest: expected a Manifest"):
         ImageTextDataset([("a.png", "x")], preprocess=preprocess)
     assert set(data_package.__all__) <= set(dir(data_package))
