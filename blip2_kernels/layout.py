@@ -74,6 +74,14 @@ def row_keys(stream: int, samples: Tensor, ordinals: Tensor) -> Tensor:
     check_int("stream", stream, 0, MAX_STREAMS - 1)
     for name, numbers, limit in (("samples", samples, MAX_SAMPLES), ("ordinals", ordinals, MAX_ORDINALS)):
         check_range(name, check_tensor(name, numbers, None, INTEGERS), limit)
+    check_tensor("ordinals", ordinals, None, device=samples.device)
+    try:
+        torch.broadcast_shapes(samples.shape, ordinals.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"ordinals: expected a shape that goes with samples, {list(samples.shape)}, got "
+            f"{describe(ordinals)}"
+        ) from error
     return _row_keys(stream, samples, ordinals)
 
 
@@ -90,7 +98,11 @@ def real_tokens_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `source` int64 [S, T]: the column that place i of sample s is filled from; `ordinal` int64 [S, T]: the
         place that column j of sample s goes to (the inverse permutation).
+
+    Raises:
+        TypeError, ValueError: a mask of another kind or shape.
     """
+    check_tensor("mask", mask, ["samples", "tokens"], [torch.bool])
     source = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     ordinal = torch.empty_like(source)
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(source)

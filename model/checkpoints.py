@@ -213,7 +213,12 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
         directory: holds checkpoints such as `step-100`, `step-2000`. One that does not exist holds none.
             Names without a number come before all others; equal ones are ordered by time.
         verify: pass over checkpoints that `load_checkpoint` would refuse as damaged (reads every byte).
+
+    Raises:
+        TypeError: no path.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory: expected a path, got {describe(directory)}")
     directory = Path(directory)
     if not directory.is_dir():
         return None

@@ -109,7 +109,7 @@ class Blip2PreTrainingConfig:
         _check_fields(cls, fields)
         qformer = fields.get("qformer")
         if isinstance(qformer, Mapping):
-            qformer = Blip2QFormerConfig.from_dict(dict(qformer))
+            qformer = read_qformer(Blip2QFormerConfig, qformer)
         if qformer is None:
             raise ValueError(f"fields: expected an entry 'qformer', got {sorted(fields)}")
         return cls(**{**fields, "qformer": qformer})
@@ -140,6 +140,19 @@ class Blip2PreTrainingConfig:
             "image_text_hidden_size": config.image_text_hidden_size,
         }
         return cls(**{**fields, **overrides})
+
+
+def read_qformer(config_class: Any, fields: Mapping[str, Any]) -> Any:
+    """A Q-Former's configuration from the entry `qformer` of a stored one.
+
+    Raises:
+        ValueError: a field of the wrong kind.
+    """
+    try:
+        return config_class.from_dict(dict(fields))
+    except Exception as error:  # of huggingface_hub, in some versions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"qformer: expected fields of {config_class.__name__}: {reason}") from error
 
 
 def _check_fields(cls: type, fields: Mapping[str, Any]) -> None:

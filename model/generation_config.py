@@ -10,6 +10,8 @@ from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from blip2_kernels.checks import check_finite, check_int, describe
 from blip2_kernels.layout import MAX_ORDINALS
 
+from .config import read_qformer
+
 __all__ = ["Blip2GenerationConfig"]
 
 QFORMER_CONFIGS = {
@@ -113,5 +115,5 @@ class Blip2GenerationConfig:
                     f"qformer.model_type: expected one of {', '.join(QFORMER_CONFIGS)}, got "
                     f"{qformer['model_type']!r}"
                 )
-            qformer = config_class.from_dict(dict(qformer))
+            qformer = read_qformer(config_class, qformer)
         return cls(**{**fields, "qformer": qformer})

@@ -18,7 +18,7 @@ from blip2_kernels.checks import (
 )
 
 from .checkpoints import latest_checkpoint
-from .optimization import check_schedule
+from .optimization import check_factors, check_schedule
 
 # The least of each; None where the argument may be left out.
 INTEGERS = {
@@ -89,8 +89,8 @@ def check_arguments(model: object, dataset: Any, given: Mapping[str, Any]) -> No
     if given["batch_sampler"] is not None and not isinstance(given["batch_sampler"], Iterable):
         raise TypeError(f"batch_sampler: expected lists of indices, got {describe(given['batch_sampler'])}")
     if not callable(given["loss_weights"]):
-        _check_factors("loss_weights", given["loss_weights"], "a function of the step or ")
-    _check_factors("learning_rate_multipliers", given["learning_rate_multipliers"], minimum=0.0)
+        check_factors("loss_weights", given["loss_weights"], "a function of the step or ")
+    check_factors("learning_rate_multipliers", given["learning_rate_multipliers"], minimum=0.0)
     _check_callbacks(given["callbacks"])
     if not isinstance(given["description"], str):
         raise TypeError(f"description: expected a str, got {describe(given['description'])}")
@@ -99,16 +99,6 @@ def check_arguments(model: object, dataset: Any, given: Mapping[str, Any]) -> No
     if given["device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device that torch sees, got 'cuda' without one")
     _check_paths(given)
-
-
-def _check_factors(name: str, factors: object, other: str = "", minimum: float | None = None) -> None:
-    """None, or a mapping of names to finite numbers."""
-    if factors is None:
-        return
-    if not isinstance(factors, Mapping):
-        raise TypeError(f"{name}: expected {other}a mapping of names to numbers, got {describe(factors)}")
-    for key, value in factors.items():
-        check_finite(f"{name}[{key!r}]", value, minimum)
 
 
 def _check_callbacks(callbacks: object) -> None:

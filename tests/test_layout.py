@@ -13,6 +13,7 @@ from blip2_kernels.layout import (
     TEXT_STREAM,
     TokenLayout,
     padded_row_keys,
+    real_tokens_first,
     row_keys,
 )
 from blip2_kernels.mask import AttentionMask
@@ -170,6 +171,15 @@ def test_bad_layouts(arguments, error, words):
     with pytest.raises(error) as caught:
         TokenLayout.from_attention_masks(**arguments)
     assert words in str(caught.value)
+
+
+def test_row_keys_of_numbers_that_do_not_go_together():
+    with pytest.raises(ValueError, match=r"^ordinals: expected a shape that goes with samples, \[2\], got"):
+        row_keys(1, torch.arange(2), torch.arange(3))
+    with pytest.raises(ValueError, match=r"^ordinals: expected a tensor on cpu, got one on meta"):
+        row_keys(1, torch.arange(2), torch.arange(2, device="meta"))
+    with pytest.raises(TypeError, match=r"^mask: expected bool \[samples, tokens\], got int64"):
+        real_tokens_first(torch.ones(2, 3, dtype=torch.int64))
 
 
 def test_bad_packing():

@@ -7,6 +7,7 @@ run), and which image that is depends on the files alone, not on workers or on w
 
 import logging
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,11 @@ class ImageTextDataset(Dataset):
         return len(self._by_image) or len(self.manifest.pairs)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = check_int("epoch", epoch, 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         length = len(self)
+        check_int("index", index, -sys.maxsize)
         if not -length <= index < length:
             raise IndexError(f"index: expected a value in [{-length}, {length}), got {index}")
         index %= length
