@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from blip2_kernels.checks import check_finite, check_folder
+
 from .command_options import (
     Accumulate,
     Augment,
@@ -108,6 +110,9 @@ def demo(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == "cuda":
         _device("cuda")
+    for name, folder in (("output", output), ("cache_dir", cache_dir)):
+        if folder is not None:
+            check_folder(name, folder)
     from .demo import compare, run
 
     if compare_paths is not None:
@@ -191,6 +196,8 @@ def _schedule(
         raise ValueError(f"steps, epochs: expected one of them, got {steps} and {epochs}")
     if steps is None and epochs is None:
         epochs = 10.0
+    if epochs is not None:
+        check_finite("epochs", epochs, above=0)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     length = steps if steps is not None else int((epochs or 0) * (samples // (batch * ranks)))
     return {

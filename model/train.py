@@ -215,7 +215,10 @@ def train(
             before the step. (On CUDA a bad gradient under a good loss is reported one step later.)
         ImportError: accelerate is missing.
         TypeError, ValueError: arguments of the wrong kind or value, or that contradict each other; an
-        `output_dir` with the checkpoints of another run. Nothing on the disk has changed then.
+            `output_dir` with the checkpoints of another run, or that may not be written; a checkpoint to
+            resume from whose parameters or frozen parts (another language model) are not this model's.
+            Nothing on the disk has changed then.
+        OSError: the disk is full, or the like; the checkpoints written before are whole.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "dataset")}
     check_arguments(model, dataset, arguments)

@@ -242,6 +242,10 @@ BOTH = ONE + "--vision {parts}/vision --bert {parts}/bert "
         (BOTH + "--qformer-config {parts}/red.png", "qformer_config: expected JSON in"),
         (BOTH + "--cache-dir {parts}/red.png", "directory: expected a folder, got"),
         (BOTH + "--steps 1 --output {parts}/red.png/x", "output_dir: expected a folder, got"),
+        (BOTH + "--epochs nan", "epochs: expected a finite number > 0, got nan"),
+        (BOTH + "--epochs -1", "epochs: expected a finite number > 0, got -1"),
+        ("demo --output {parts}/red.png/x", "output: expected a folder, got"),
+        ("demo --output {tmp} --cache-dir {parts}/red.png", "cache_dir: expected a folder, got"),
         (BOTH + "--device tpu", "device: expected cpu or cuda, got 'tpu'"),
         (
             "train stage2 {parts}/manifest.jsonl -o {tmp} --stage1 {tmp} --language-model {parts}/opt",
