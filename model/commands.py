@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from blip2_kernels.checks import check_finite, check_folder
-
 from .command_options import (
     Accumulate,
     Augment,
@@ -110,6 +108,8 @@ def demo(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == "cuda":
         _device("cuda")
+    from blip2_kernels.checks import check_folder
+
     for name, folder in (("output", output), ("cache_dir", cache_dir)):
         if folder is not None:
             check_folder(name, folder)
@@ -192,6 +192,8 @@ def _schedule(
     steps: int | None, epochs: float | None, warmup: int | None, samples: int, batch: int
 ) -> dict[str, Any]:
     """`max_steps`, `epochs` and `warmup_steps` of a run; ten epochs if neither is given."""
+    from blip2_kernels.checks import check_finite
+
     if steps is not None and epochs is not None:
         raise ValueError(f"steps, epochs: expected one of them, got {steps} and {epochs}")
     if steps is None and epochs is None:
