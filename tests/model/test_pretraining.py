@@ -421,6 +421,26 @@ LENGTH = f"^input_ids: expected at most {POSITIONS} tokens .max_position_embeddi
 NO_KEY = r"^dropout_key: expected int64 \[\], got float32 \[\]"
 FLOAT_KEY = torch.tensor(1.0)
 BAD_CALLS = {
+    "features elsewhere": (
+        lambda m, b: m.get_image_features(b["image_features"].to("meta")),
+        ValueError,
+        "^image_features: expected a tensor on cpu, got one on meta",
+    ),
+    "text elsewhere": (
+        lambda m, b: m.get_text_features(b["input_ids"].to("meta")),
+        ValueError,
+        "^input_ids: expected a tensor on cpu, got one on meta",
+    ),
+    "hidden states elsewhere": (
+        lambda m, b: m.match(torch.zeros(1, 3, m.config.qformer.hidden_size, device="meta")),
+        ValueError,
+        "^multimodal_hidden: expected a tensor on cpu, got one on meta",
+    ),
+    "a switch that is none": (
+        lambda m, b: setattr(m, "use_fused", "yes"),
+        TypeError,
+        "^use_fused: expected a bool, got str 'yes'",
+    ),
     "text features, too long": (lambda m, b: m.get_text_features(TOO_LONG), ValueError, LENGTH),
     "text features, too long under a short mask": (
         lambda m, b: m.get_text_features(TOO_LONG, (torch.arange(17) < 5).long().expand(4, -1)),
