@@ -20,7 +20,7 @@ from .checkpoints import Checkpoint
 CHECKPOINT_PREFIX = "checkpoint-"
 HISTORY_FILE = "history.jsonl"
 FROZEN_SAMPLES = 1024
-"""Weights of each frozen parameter that are looked at, about."""
+"""Weights of each frozen parameter whose signs are looked at, about."""
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -30,29 +30,33 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 def frozen_parts(model: nn.Module) -> dict[str, str]:
     """The parts of a model that are not trained, and so not in its checkpoints, as words that tell one from
-    another: class, size and a hash over samples of the weights, as they are stored.
+    another: class, size and a hash over the signs of some weights.
 
-    A language model of billions of weights is told in a fraction of a second; one whose weights differ in a
-    few places only may be missed.
+    Signs are those of the training in any floating-point type: what was trained in bfloat16 may be loaded in
+    fp32. A language model of billions of weights is told in a fraction of a second; one whose weights differ
+    in a few places only may be missed. A part with quantised weights is left out: nothing of them can be
+    compared.
     """
     found = {}
     for name, part in model.named_children():
         parameters = dict(part.named_parameters())
-        if parameters and not any(p.requires_grad for p in parameters.values()):
+        if not parameters or any(p.requires_grad for p in parameters.values()):
+            continue
+        if all(p.is_floating_point() for p in parameters.values()):
             size = sum(p.numel() for p in parameters.values())
             kind = type(getattr(part, "_orig_mod", part)).__name__  # a compiled module is what it was
-            found[name] = f"{kind} of {size:,} parameters, {_sampled_hash(parameters)}"
+            found[name] = f"{kind} of {size:,} parameters, {_hash_of_signs(parameters)}"
     return found
 
 
-def _sampled_hash(parameters: Mapping[str, Tensor]) -> str:
+def _hash_of_signs(parameters: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
-        digest.update(f"{name.removeprefix('_orig_mod.')} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update(f"{name.removeprefix('_orig_mod.')} {list(parameter.shape)}".encode())
         if not parameter.is_meta:
             flat = parameter.detach().flatten()
-            sample = flat[:: max(flat.numel() // FROZEN_SAMPLES, 1)].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy())
+            sample = flat[:: max(flat.numel() // FROZEN_SAMPLES, 1)]
+            digest.update(sample.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -597,8 +597,12 @@ def test_a_checkpoint_knows_what_it_was_trained_in_front_of(tmp_path):
     with pytest.raises(ValueError, match=r"speaker: expected that of the training, Linear of 4,160 .* got L"):
         train(other, samples(), max_steps=4, resume_from=checkpoint, **options)
     assert torch.equal(weights(other), before)
-    # The same one goes on, and so does a model that has none (one that is given features, say).
-    for model in (in_front_of(1), toy()):
+    # The same one goes on, in any floating-point type, and so does a model that has none (one that is given
+    # features, say). Quantised weights cannot be compared.
+    half, quantised = in_front_of(1), in_front_of(2)
+    half.speaker.to(torch.float16)
+    quantised.speaker.weight = nn.Parameter(torch.ones(64, 32, dtype=torch.uint8), requires_grad=False)
+    for model in (in_front_of(1), half, quantised, toy()):
         assert train(model, samples(), max_steps=4, resume_from=checkpoint, **options).steps == 4
 
 
