@@ -1,7 +1,10 @@
 """Argument checks shared by every public function: one wording, `name: expected …, got …`."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,14 +76,92 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
     return value
 
 
-def check_finite(name: str, value: object, minimum: float | None = None) -> float:
-    """Check a finite host number, at least `minimum`; raises TypeError or ValueError."""
-    bounds = "a finite number" if minimum is None else f"a finite number >= {minimum:g}"
+def check_finite(
+    name: str,
+    value: object,
+    minimum: float | None = None,
+    *,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> float:
+    """Check a finite host number, at least `minimum`, more than `above`, at most `maximum`; raises TypeError
+    or ValueError."""
+    limits = ((">=", minimum), (">", above), ("<=", maximum))
+    bounds = " and ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
+    expected = f"a finite number {bounds}".rstrip()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected {bounds}, got {describe(value)}")
-    if not math.isfinite(value) or (minimum is not None and value < minimum):
-        raise ValueError(f"{name}: expected {bounds}, got {value}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if (
+        not math.isfinite(value)
+        or (minimum is not None and value < minimum)
+        or (above is not None and value <= above)
+        or (maximum is not None and value > maximum)
+    ):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
     return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Check a switch; raises TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+    return value
+
+
+def check_function(name: str, value: object, *, optional: bool = True) -> None:
+    """Check a function, or None where it is `optional`; raises TypeError."""
+    if not callable(value) and not (optional and value is None):
+        expected = "a function or None" if optional else "a function"
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def name_of_device(name: str, value: object) -> torch.device:
+    """Check that a str or torch.device names a device, here or elsewhere; raises TypeError or ValueError."""
+    if not isinstance(value, str | torch.device):
+        raise TypeError(f"{name}: expected a torch.device or its name, got {describe(value)}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a torch.device or its name, got {value!r}") from error
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """Check a device, such as "cpu" or "cuda:1", and that torch has it here.
+
+    Returns:
+        The device with its number: the current one where only its type was named.
+
+    Raises:
+        TypeError: neither a str nor a torch.device.
+        ValueError: the name of no device, or of one that is not here.
+    """
+    if torch.compiler.is_compiling():  # whose tracer does not follow what is caught below
+        return torch.empty(0, device=value).device
+    device = name_of_device(name, value)
+    try:
+        return torch.empty(0, device=device).device
+    # A torch without a device's driver says so in one of these.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"{name}: expected a device that torch has here, got {str(device)!r}") from error
+
+
+def check_folder(name: str, value: object, *, writable: bool = True) -> Path:
+    """Check a path that is a folder, or can become one, and (if `writable`) may be written in; touches
+    nothing.
+
+    Raises:
+        TypeError: no path.
+        ValueError: a file is in its way, or what there is of it is read-only.
+    """
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{name}: expected a path, got {describe(value)}")
+    path = Path(value)
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{name}: expected a folder, got {path}, where {nearest} is a file")
+    if writable and not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: expected a folder to write in, got {path}, where {nearest} is read-only")
+    return path
 
 
 def check_probability(name: str, value: object) -> float:

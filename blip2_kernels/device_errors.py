@@ -8,6 +8,8 @@ looked at where the host waits for the device anyway, and by `check_device_error
 import torch
 from torch import Tensor
 
+from .checks import name_of_device
+
 _flags: dict[torch.device, Tensor] = {}
 
 
@@ -33,12 +35,13 @@ def check_device_errors(device: torch.device | str | None = None) -> None:
         device: to look at; default every one on which a kernel ran.
 
     Raises:
+        TypeError, ValueError: `device` names none.
         IndexError: an `image_index`, token ids or position ids had values out of range; `validate=True` says
             which call it was.
     """
+    wanted = None if device is None else name_of_device("device", device)  # "cuda" is every one of them
     for found, flag in _flags.items():
-        wanted = found if device is None else torch.device(device)  # "cuda" is every one of them
-        if wanted.type == found.type and wanted.index in (None, found.index):
+        if wanted is None or (wanted.type == found.type and wanted.index in (None, found.index)):
             raise_if_set(found, int(flag.item()))
 
 

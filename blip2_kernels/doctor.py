@@ -7,7 +7,7 @@ with the reference's.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .checks import check_device, describe
 from .layout import TokenLayout
 from .mask import AttentionMask, MaskMode
 from .ops import (
@@ -128,9 +129,16 @@ def examine(devices: list[str] | None = None) -> list[Finding]:
 
     Returns:
         A finding a device, operator and backend.
+
+    Raises:
+        TypeError, ValueError: no list of devices, or one that is not here.
     """
     if devices is None:
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise TypeError(f"devices: expected a list of devices, got {describe(devices)}")
+    for device in devices:
+        check_device("devices", device)
     findings = []
     for device in devices:
         for op, case in _cases(torch.device(device)).items():

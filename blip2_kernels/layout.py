@@ -20,6 +20,8 @@ from torch import Tensor
 from .checks import (
     INTEGERS,
     check_binary,
+    check_bool,
+    check_device,
     check_int,
     check_range,
     check_tensor,
@@ -72,6 +74,14 @@ def row_keys(stream: int, samples: Tensor, ordinals: Tensor) -> Tensor:
     check_int("stream", stream, 0, MAX_STREAMS - 1)
     for name, numbers, limit in (("samples", samples, MAX_SAMPLES), ("ordinals", ordinals, MAX_ORDINALS)):
         check_range(name, check_tensor(name, numbers, None, INTEGERS), limit)
+    check_tensor("ordinals", ordinals, None, device=samples.device)
+    try:
+        torch.broadcast_shapes(samples.shape, ordinals.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"ordinals: expected a shape that goes with samples, {list(samples.shape)}, got "
+            f"{describe(ordinals)}"
+        ) from error
     return _row_keys(stream, samples, ordinals)
 
 
@@ -88,7 +98,11 @@ def real_tokens_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `source` int64 [S, T]: the column that place i of sample s is filled from; `ordinal` int64 [S, T]: the
         place that column j of sample s goes to (the inverse permutation).
+
+    Raises:
+        TypeError, ValueError: a mask of another kind or shape.
     """
+    check_tensor("mask", mask, ["samples", "tokens"], [torch.bool])
     source = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     ordinal = torch.empty_like(source)
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(source)
@@ -128,9 +142,14 @@ def padded_row_keys(
 
     Returns:
         int32 [S, Q + T].
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
     """
     _check_names(samples, num_queries, first_sample)
     check_int("text_stream", text_stream, 1, MAX_STREAMS - 1)
+    if device is not None:
+        device = check_device("device", device)
     if text_mask is not None:
         real = check_text_mask("text_mask", text_mask, samples)
         device = real.device
@@ -254,8 +273,7 @@ class TokenLayout:
         for name, values in (("text_masks", text_masks), ("text_streams", text_streams or ())):
             if isinstance(values, str | Tensor) or not isinstance(values, Sequence):
                 raise TypeError(f"{name}: expected a sequence, one entry a segment, got {describe(values)}")
-        if not isinstance(padded, bool):
-            raise TypeError(f"padded: expected a bool, got {describe(padded)}")
+        check_bool("padded", padded)
         if not text_masks and samples is None:
             raise ValueError("samples: expected an int where there is no text mask, got None")
         if samples is None:
@@ -271,7 +289,7 @@ class TokenLayout:
             raise ValueError(f"text_streams: expected distinct values in [1, {MAX_STREAMS}), got {streams}")
         if device is None:
             device = text_masks[0].device if text_masks else torch.device("cpu")
-        device = torch.empty(0, device=device).device
+        device = check_device("device", device)
 
         home = text_masks[0].device if text_masks else device
         sample = torch.arange(first_sample, first_sample + samples, device=home)[:, None]
@@ -316,18 +334,18 @@ class TokenLayout:
             [rows, C], same dtype.
 
         Raises:
-            TypeError, ValueError: a tensor that does not fit this layout.
+            TypeError, ValueError: a tensor that does not fit this layout, or lies on another device.
         """
-        if len(texts) != len(self.texts):
-            raise ValueError(f"texts: expected {len(self.texts)}, one a text segment, got {len(texts)}")
+        self._check_one_a_segment(texts)
         parts = []
-        if self.num_queries:
-            check_tensor("queries", queries, [self.samples, self.num_queries, "channels"])
+        if self.num_queries or not self.texts:
+            shape = [self.samples, self.num_queries, "channels"]
+            check_tensor("queries", queries, shape, device=self.device)
             parts.append(queries.flatten(0, 1))
         for i, (text, segment) in enumerate(zip(texts, self.texts, strict=True)):
             channels = parts[0].shape[1] if parts else "channels"
             dtypes = [parts[0].dtype] if parts else []
-            check_tensor(f"texts[{i}]", text, [self.samples, segment.width, channels], dtypes)
+            check_tensor(f"texts[{i}]", text, [self.samples, segment.width, channels], dtypes, self.device)
             parts.append(text.flatten(0, 1).index_select(0, segment.source))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -358,6 +376,13 @@ class TokenLayout:
             raise TypeError(f"rows: expected a tensor [{self.rows}, ...], got {describe(rows)}")
         if rows.dim() == 0 or rows.shape[0] != self.rows:
             raise ValueError(f"rows: expected [{self.rows}, ...], got {describe(rows)}")
+        check_tensor("rows", rows, None, device=self.device)
+
+    def _check_one_a_segment(self, texts: object) -> None:
+        if isinstance(texts, str | Tensor) or not isinstance(texts, Sequence):
+            raise TypeError(f"texts: expected a sequence, one entry a text segment, got {describe(texts)}")
+        if len(texts) != len(self.texts):
+            raise ValueError(f"texts: expected {len(self.texts)}, one a text segment, got {len(texts)}")
 
     def select(
         self, *, queries: bool = True, texts: Sequence[Selection] | None = None
@@ -376,11 +401,9 @@ class TokenLayout:
             TypeError, ValueError: not one choice a segment, another word, or (on the CPU) the "first" or
             "last" row of a sample that has none.
         """
-        if isinstance(texts, str):
-            raise TypeError(f"texts: expected one choice a text segment, got {describe(texts)}")
-        texts = ["all"] * len(self.texts) if texts is None else list(texts)
-        if len(texts) != len(self.texts):
-            raise ValueError(f"texts: expected {len(self.texts)}, one a text segment, got {len(texts)}")
+        check_bool("queries", queries)
+        texts = ["all"] * len(self.texts) if texts is None else texts
+        self._check_one_a_segment(texts)
         kept = [torch.arange(self.query_rows if queries else 0, device=self.device)]
         segments = []
         for i, (choice, text) in enumerate(zip(texts, self.texts, strict=True)):

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blip2_kernels.checks import check_binary, check_int, check_range, check_tensor, describe, values_are_free
+from blip2_kernels.checks import (
+    check_binary,
+    check_bool,
+    check_int,
+    check_range,
+    check_tensor,
+    describe,
+    values_are_free,
+)
 from blip2_kernels.encoder import ImageKeyValues, Saving
 from blip2_kernels.layout import MASK_DTYPES, MAX_ORDINALS, TokenLayout, padded_row_keys
 from blip2_kernels.mask import AttentionMask, MaskMode
@@ -114,7 +122,12 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
 
     @use_fused.setter
     def use_fused(self, value: bool) -> None:
-        self.qformer.use_fused = value
+        self.qformer.use_fused = check_bool("use_fused", value)
+
+    @property
+    def _home(self) -> torch.device | None:
+        """Where tensors must live: with the parameters; anywhere while these are elsewhere until used."""
+        return None if self.query_tokens.is_meta else self.query_tokens.device
 
     @property
     def packs(self) -> bool:
@@ -148,7 +161,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
             with torch.no_grad():
                 image_features = self.vision_model(pixel_values)
         width = self.config.qformer.encoder_hidden_size
-        check_tensor("image_features", image_features, ["batch", "tokens", width], FLOATING)
+        check_tensor("image_features", image_features, ["batch", "tokens", width], FLOATING, self._home)
         if 0 in image_features.shape:
             raise ValueError(
                 f"image_features: expected at least one token of one image, got {describe(image_features)}"
@@ -332,7 +345,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
             TypeError, ValueError: wrong kind or shape, an empty batch or text, more columns than the position
             table has rows, (on the CPU) mask values other than 0 and 1, an id out of range.
         """
-        check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS)
+        check_tensor("input_ids", input_ids, ["batch", "tokens"], TOKEN_IDS, self._home)
         if 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected at least one token of one text, got {describe(input_ids)}")
         check_text_length("input_ids", input_ids, self.config.qformer.max_position_embeddings)
@@ -368,7 +381,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
     def _check_hidden(self, name: str, hidden: Tensor, front: Sequence[str] | None = None) -> None:
         if front is None:
             front = ["..."] * (hidden.dim() - 1) if isinstance(hidden, Tensor) else ["..."]
-        check_tensor(name, hidden, [*front, self.config.qformer.hidden_size], FLOATING)
+        check_tensor(name, hidden, [*front, self.config.qformer.hidden_size], FLOATING, self._home)
 
     def encode_image(
         self,

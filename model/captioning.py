@@ -16,14 +16,19 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from blip2_kernels.checks import check_binary, check_int, check_range, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_bool, check_int, check_range, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
 from .base import Blip2Base, evaluation_mode
-from .language_model import check_sampling
+from .generate_options import check_generate_options
 from .qformer import QFormerCache
 from .qformer_text import TOKEN_IDS
+
+ADAPTER_INPUTS = (
+    "input_ids", "attention_mask", "inputs_embeds", "past_key_values", "visual_features", "visual_mask",
+)  # fmt: skip
+"""What the adapter hands to `generate` itself."""
 
 
 class CaptionConfig(PreTrainedConfig):
@@ -218,11 +223,29 @@ def generate_captions(
         raise TypeError(f"model: expected a Blip2ForPreTraining, got {describe(model)}")
     if max_new_tokens is None:
         max_new_tokens = model.config.max_text_length - 1
-    check_int("max_new_tokens", max_new_tokens, 1)
-    check_int("num_beams", num_beams, 1)
-    check_int("num_return_sequences", num_return_sequences, 1)
-    if not isinstance(use_cache, bool):
-        raise TypeError(f"use_cache: expected a bool, got {describe(use_cache)}")
+    for name, number in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
+        check_int(name, number, 1)
+    for name, switch in (("do_sample", do_sample), ("use_cache", use_cache)):
+        check_bool(name, switch)
+    if seed is not None:
+        check_int("seed", seed, 0)
+    named = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+        "do_sample": do_sample,
+        "use_cache": use_cache,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "length_penalty": length_penalty,
+    }
+    for name in ADAPTER_INPUTS:
+        if name in options:
+            raise TypeError(f"{name}: expected image and prompt as named here, got {describe(options[name])}")
+    check_generate_options({**options, **named})
     features = model.frozen_features(image_features, pixel_values)
     if image_mask is not None:
         check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES, features.device)
@@ -234,14 +257,8 @@ def generate_captions(
             f"max_new_tokens: expected at most {limit + 1 - input_ids.shape[1]} behind [DEC] and the prompt "
             f"(max_position_embeddings {limit}), got {max_new_tokens}"
         )
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_sampling(sampling, do_sample)
-    named = {
-        **sampling,
-        "min_new_tokens": min_new_tokens,
-        "repetition_penalty": repetition_penalty,
-        "length_penalty": length_penalty if num_beams > 1 else None,
-    }
+    if num_beams == 1:
+        del named["length_penalty"]  # of beams only
     options |= {name: value for name, value in named.items() if value is not None}
 
     decoder = CaptionDecoder(model)
@@ -252,16 +269,7 @@ def generate_captions(
             options["past_key_values"] = decoder.cached_queries(features, image_mask, copies)
         else:
             options |= {"visual_features": features, "visual_mask": image_mask}
-        generated = decoder.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            num_return_sequences=num_return_sequences,
-            do_sample=do_sample,
-            use_cache=use_cache,
-            **options,
-        )
+        generated = decoder.generate(input_ids, attention_mask=attention_mask, **options)
     return generated[:, input_ids.shape[1] :] if isinstance(generated, Tensor) else generated
 
 
@@ -297,7 +305,6 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    check_int("seed", seed, 0)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -28,6 +28,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from blip2_kernels.checks import check_device, describe
+
 FORMAT = 1
 MODEL, CONFIG, METADATA, MANIFEST = "model.safetensors", "config.json", "metadata.json", "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -146,12 +148,9 @@ def load_checkpoint(
         FileNotFoundError: there is no checkpoint of that name.
         CheckpointError: a file is missing, cut short or changed, the manifest is not one of ours, or (with
             `check_finite`) weights are NaN or infinite.
-        ValueError: no device.
+        TypeError, ValueError: a path or device that is none, or a device that is not here.
     """
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected a torch device, got {device!r}") from error
+    device = check_device("device", device)
     path = _readable_path(_final_path(path_dir))
     manifest = _read_manifest(path)
     faults = [fault for name, entry in manifest["files"].items() if (fault := _fault(path / name, entry))]
@@ -182,8 +181,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True
         The names left alone (empty with `strict`).
 
     Raises:
+        TypeError: no model, or a state that is no mapping of names to tensors.
         CheckpointError: names every missing, unexpected and mis-shaped tensor at once.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     given = _checked_state("state", state)
     missing = tuple(name for name in own if name not in given)
@@ -211,7 +213,12 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
         directory: holds checkpoints such as `step-100`, `step-2000`. One that does not exist holds none.
             Names without a number come before all others; equal ones are ordered by time.
         verify: pass over checkpoints that `load_checkpoint` would refuse as damaged (reads every byte).
+
+    Raises:
+        TypeError: no path.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory: expected a path, got {describe(directory)}")
     directory = Path(directory)
     if not directory.is_dir():
         return None
@@ -237,6 +244,8 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False
 
 
 def _final_path(path_dir: str | os.PathLike[str]) -> Path:
+    if not isinstance(path_dir, str | os.PathLike):
+        raise TypeError(f"path_dir: expected a path, got {describe(path_dir)}")
     path = Path(os.path.abspath(path_dir))
     if path.name == "" or path.name.startswith("."):
         raise ValueError(f"path_dir: expected a directory whose name does not begin with a dot, got {path}")
@@ -306,6 +315,8 @@ def _checked_state(argument: str, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _checked_extra(extra: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, Mapping[str, Tensor]]:
+    if extra is not None and not isinstance(extra, Mapping):
+        raise TypeError(f"extra: expected a mapping of names to sets of tensors, got {describe(extra)}")
     for name in extra or {}:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "model":
             raise ValueError(

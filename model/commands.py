@@ -10,8 +10,32 @@ from typing import Annotated, Any
 
 import typer
 
-MANIFEST_HELP = (
-    "JSON lines, JSON, CSV or TSV with `image` and `caption`, or a folder of images with .txt files."
+from .command_options import (
+    Accumulate,
+    Augment,
+    BatchSize,
+    Beta2,
+    Bf16,
+    CacheDir,
+    Captions,
+    CheckpointArgument,
+    Clip,
+    Device,
+    Epochs,
+    FinalRate,
+    Fused,
+    ImageRoot,
+    ManifestArgument,
+    OutputOption,
+    Rate,
+    Resume,
+    SaveEvery,
+    Seed,
+    SkipFaults,
+    Steps,
+    Warmup,
+    WeightDecay,
+    Workers,
 )
 
 app = typer.Typer(
@@ -84,55 +108,17 @@ def demo(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif device == "cuda":
         _device("cuda")
+    from blip2_kernels.checks import check_folder
+
+    for name, folder in (("output", output), ("cache_dir", cache_dir)):
+        if folder is not None:
+            check_folder(name, folder)
     from .demo import compare, run
 
     if compare_paths is not None:
         compare(output_dir=output, steps=compare_paths, quick=quick, seed=seed, cache_dir=cache_dir)
         return
     run(output_dir=output, quick=quick, seed=seed, use_fused=use_fused, cache_dir=cache_dir)
-
-
-# --- options that both stages share ---
-
-ManifestArgument = Annotated[Path, typer.Argument(help=MANIFEST_HELP, show_default=False)]
-OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder of checkpoints and history.", show_default=False)
-]
-ImageRoot = Annotated[
-    Path | None, typer.Option(help="What image paths are relative to; default: the manifest.")
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data, in place of --steps.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pairs a step and GPU.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
-FinalRate = Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")]
-Warmup = Annotated[
-    int | None,
-    typer.Option(min=0, help="Steps of linear warm-up; default: 2000, at most a tenth of the run."),
-]
-WeightDecay = Annotated[float, typer.Option(help="AdamW's.")]
-Beta2 = Annotated[float, typer.Option(help="AdamW's second beta.")]
-Clip = Annotated[float, typer.Option(help="Clip gradients to this norm; 0 does not.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Batches a step; adds gradients, not negatives.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and dropout.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU where there is one.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images.")]
-SaveEvery = Annotated[
-    int | None, typer.Option(min=1, help="Steps between checkpoints; default: one at the end.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")]
-Fused = Annotated[bool, typer.Option("--use-fused/--no-use-fused", help="Run the fused encoder.")]
-CacheDir = Annotated[
-    Path | None,
-    typer.Option(help="Encode each image once and keep its features here; default: encode in every step."),
-]
-Captions = Annotated[str, typer.Option(help="each: a sample a caption; random: a sample an image.")]
-Augment = Annotated[bool, typer.Option("--augment", help="Random crops of at least half the picture.")]
-SkipFaults = Annotated[bool, typer.Option("--skip-faults", help="Leave faulty manifest lines out.")]
-CheckpointArgument = Annotated[
-    Path, typer.Argument(help="A checkpoint folder, or the --output of a training.", show_default=False)
-]
 
 
 def _checkpoint(path: Path) -> Path:
@@ -206,10 +192,14 @@ def _schedule(
     steps: int | None, epochs: float | None, warmup: int | None, samples: int, batch: int
 ) -> dict[str, Any]:
     """`max_steps`, `epochs` and `warmup_steps` of a run; ten epochs if neither is given."""
+    from blip2_kernels.checks import check_finite
+
     if steps is not None and epochs is not None:
         raise ValueError(f"steps, epochs: expected one of them, got {steps} and {epochs}")
     if steps is None and epochs is None:
         epochs = 10.0
+    if epochs is not None:
+        check_finite("epochs", epochs, above=0)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     length = steps if steps is not None else int((epochs or 0) * (samples // (batch * ranks)))
     return {
@@ -305,6 +295,7 @@ def train_stage1(
 
     from .data.collate import CaptionCollator
     from .pipeline import build_stage1, load_tokenizer, load_trained, load_vision
+    from .pretrained import read_json
 
     where = _device(device)
     torch.manual_seed(seed)
@@ -329,7 +320,7 @@ def train_stage1(
             encoder,
             words,
             bert=bert,
-            qformer=json.loads(qformer_config.read_text(encoding="utf-8")) if qformer_config else None,
+            qformer=read_json("qformer_config", qformer_config) if qformer_config else None,
             num_query_tokens=num_query_tokens,
             max_text_length=max_text_length,
             embedding_width=embedding_width,

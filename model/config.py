@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import Blip2Config, Blip2QFormerConfig
 
-from blip2_kernels.checks import check_int, describe
+from blip2_kernels.checks import check_finite, check_int, check_probability, describe
 from blip2_kernels.layout import MAX_ORDINALS
 
 LM_NORMALISATIONS = ("rank", "global")
@@ -79,8 +79,8 @@ class Blip2PreTrainingConfig:
             raise ValueError(
                 f"pad_token_id: expected qformer's {self.qformer.pad_token_id}, got {self.pad_token_id}"
             )
-        _check_number("temperature", self.temperature, "> 0", lambda value: 0 < value < float("inf"))
-        _check_number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
+        check_finite("temperature", self.temperature, above=0)
+        check_probability("label_smoothing", self.label_smoothing)
         check_choice("lm_normalisation", self.lm_normalisation, LM_NORMALISATIONS)
         check_choice("itc_gradient", self.itc_gradient, ITC_GRADIENTS)
 
@@ -109,7 +109,7 @@ class Blip2PreTrainingConfig:
         _check_fields(cls, fields)
         qformer = fields.get("qformer")
         if isinstance(qformer, Mapping):
-            qformer = Blip2QFormerConfig.from_dict(dict(qformer))
+            qformer = read_qformer(Blip2QFormerConfig, qformer)
         if qformer is None:
             raise ValueError(f"fields: expected an entry 'qformer', got {sorted(fields)}")
         return cls(**{**fields, "qformer": qformer})
@@ -142,6 +142,19 @@ class Blip2PreTrainingConfig:
         return cls(**{**fields, **overrides})
 
 
+def read_qformer(config_class: Any, fields: Mapping[str, Any]) -> Any:
+    """A Q-Former's configuration from the entry `qformer` of a stored one.
+
+    Raises:
+        ValueError: a field of the wrong kind.
+    """
+    try:
+        return config_class.from_dict(dict(fields))
+    except Exception as error:  # of huggingface_hub, in some versions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"qformer: expected fields of {config_class.__name__}: {reason}") from error
+
+
 def _check_fields(cls: type, fields: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
     mixed = [name for name in fields if name in STAGE2_FIELDS]
@@ -151,13 +164,6 @@ def _check_fields(cls: type, fields: Mapping[str, Any]) -> None:
     if unknown:
         names = ", ".join(sorted(known))
         raise ValueError(f"config: expected fields among {names}, got {', '.join(unknown)}")
-
-
-def _check_number(name: str, value: object, bounds: str, holds: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number {bounds}, got {describe(value)}")
-    if not holds(value):
-        raise ValueError(f"{name}: expected a number {bounds}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2_kernels.checks import check_int, check_range, describe
+from blip2_kernels.checks import FLOATING, INTEGERS, check_int, check_range, check_tensor, describe
 
 IGNORED = -100
 
@@ -27,17 +27,21 @@ def positives_from_ids(row_ids: Tensor, column_ids: Tensor) -> Tensor:
         row_ids: integers [N], the image of each row (image or caption).
         column_ids: integers [M].
     """
-    _check_tensors(row_ids=row_ids, column_ids=column_ids)
-    for name, ids in (("row_ids", row_ids), ("column_ids", column_ids)):
-        if ids.ndim != 1 or ids.is_floating_point():
-            raise ValueError(f"{name}: expected integers [n], got {ids.dtype} {list(ids.shape)}")
+    _check_values("row_ids", row_ids, ["n"], INTEGERS)
+    _check_values("column_ids", column_ids, ["n"], INTEGERS, row_ids.device)
     return row_ids[:, None] == column_ids[None, :]
 
 
-def _check_tensors(**tensors: object) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+def _check_values(
+    name: str,
+    value: object,
+    shape: Sequence[int | str] | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+    device: torch.device | None = None,
+) -> None:
+    """As `check_tensor`; and the tensor has values, which everything here looks at."""
+    if check_tensor(name, value, shape, dtypes, device).is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on meta")
 
 
 def _check_ks(ks: Sequence[int]) -> None:
@@ -48,7 +52,8 @@ def _check_ks(ks: Sequence[int]) -> None:
 
 
 def _check_scores(scores: Tensor, positives: Tensor) -> None:
-    _check_tensors(scores=scores, positives=positives)
+    _check_values("scores", scores)
+    _check_values("positives", positives, dtypes=(), device=scores.device)
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(f"scores: expected [queries, candidates], not empty, got {list(scores.shape)}")
     if positives.shape != scores.shape or positives.dtype != torch.bool:
@@ -92,7 +97,7 @@ def chance_recall_at(positives: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[
     """What random scores reach in :func:`recall_at` on average: 1 - C(M - p, k) / C(M, k) with p positives of
     M.
     """
-    _check_tensors(positives=positives)
+    _check_values("positives", positives, dtypes=())
     _check_ks(ks)
     if positives.ndim != 2 or 0 in positives.shape or positives.dtype != torch.bool:
         raise ValueError(
@@ -126,7 +131,9 @@ def retrieval_metrics(
     Raises:
         ValueError: as :func:`ranks`; no `positives` and not square.
     """
-    _check_tensors(scores=scores)
+    _check_values("scores", scores)
+    if positives is not None:
+        _check_values("positives", positives, dtypes=(), device=scores.device)
     _check_ks(ks)
     if positives is None:
         if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
@@ -162,11 +169,15 @@ def choice_accuracy(scores: Tensor, correct: Tensor | int = 0) -> dict[str, floa
     Raises:
         ValueError: fewer than two candidates, an index out of range, NaN.
     """
-    _check_tensors(scores=scores)
+    _check_values("scores", scores)
+    if isinstance(correct, Tensor):
+        _check_values("correct", correct, dtypes=INTEGERS)
+    else:
+        check_int("correct", correct, 0)
     if scores.ndim != 2 or scores.shape[0] == 0 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected [n, at least 2 candidates], got {list(scores.shape)}")
     right = torch.as_tensor(correct, device=scores.device)
-    if right.is_floating_point() or right.shape not in ((), scores.shape[:1]):
+    if right.shape not in ((), scores.shape[:1]):
         raise ValueError(f"correct: expected an int or integers [{scores.shape[0]}], got {describe(right)}")
     right = right.expand(scores.shape[0])
     check_range("correct", right, scores.shape[1], force=True)
@@ -188,7 +199,8 @@ def matching_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
     Raises:
         ValueError: other shapes or labels, or no row that counts.
     """
-    _check_tensors(logits=logits, labels=labels)
+    _check_values("logits", logits)
+    _check_values("labels", labels, dtypes=INTEGERS, device=logits.device)
     if logits.ndim != 2 or logits.shape[1] != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits, labels: expected [S, 2] and [S], got {list(logits.shape)} and {list(labels.shape)}"
@@ -228,9 +240,11 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         float64 [B] and int64 [B].
 
     Raises:
+        TypeError: no tensors, or of another dtype.
         ValueError: shapes that do not fit.
     """
-    _check_tensors(logits=logits, labels=labels)
+    _check_values("logits", logits)
+    _check_values("labels", labels, dtypes=INTEGERS, device=logits.device)
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits, labels: expected [B, T, V] and [B, T], got "
@@ -244,7 +258,9 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower case, without punctuation."""
+    """The words of a text, lower case, without punctuation; raises TypeError for anything else."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a str, got {describe(text)}")
     return re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text.lower())
 
 
@@ -280,8 +296,15 @@ def content_accuracy(captions: Sequence[str], required: Sequence[Sequence[str]])
         mentioned.
 
     Raises:
+        TypeError: no lists of texts.
         ValueError: lists of different length, none at all, or a caption nothing is required of.
     """
+    for name, values in (("captions", captions), ("required", required)):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(f"{name}: expected a sequence, one entry a caption, got {describe(values)}")
+    for phrases in required:
+        if isinstance(phrases, str) or not isinstance(phrases, Sequence):
+            raise TypeError(f"required: expected a list of phrases a caption, got {describe(phrases)}")
     if len(captions) != len(required) or not captions:
         raise ValueError(
             f"required: expected one entry for each of {len(captions)} captions, got {len(required)}"

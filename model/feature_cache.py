@@ -6,8 +6,10 @@ dtype), one tensor a picture under the picture's sha256. A shard's file name is 
 damaged one is known by its name, thrown away, and its pictures are encoded again.
 """
 
+import contextlib
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
@@ -15,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from blip2_kernels.checks import check_int, check_tensor, describe
+from blip2_kernels.checks import check_folder, check_function, check_int, check_tensor, describe
 
 from .images import UnfitPixelsError, open_image
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["EncodingReport", "FeatureCache", "SkippedImage", "image_sha256"]
 
 CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ENCODERS_FOLDER = re.compile("[0-9a-f]{32}-(float16|bfloat16|float32)")
+"""Names of the folders in a cache's directory: an encoder's fingerprint and a dtype."""
 
 
 def image_sha256(image: Any) -> str:
@@ -127,8 +131,7 @@ class FeatureCache:
     ) -> None:
         from .vision import FrozenVisionEncoder  # vision.py offers this class too, and so imports this file
 
-        if not isinstance(directory, str | Path):
-            raise TypeError(f"directory: expected a path, got {describe(directory)}")
+        self.root = check_folder("directory", directory, writable=False)
         if not isinstance(encoder, FrozenVisionEncoder):
             raise TypeError(f"encoder: expected a FrozenVisionEncoder, got {describe(encoder)}")
         if dtype not in CACHE_DTYPES:
@@ -136,7 +139,11 @@ class FeatureCache:
         self.encoder = encoder
         self.dtype = dtype
         self.shard_size = check_int("shard_size", shard_size, 1)
-        self.root = Path(directory)
+        if ENCODERS_FOLDER.fullmatch(self.root.absolute().name):
+            raise ValueError(
+                f"directory: expected the folder that holds those of all encoders, {self.root.parent}, got "
+                f"that of one of them, {self.root.name}; this encoder's is {self.directory.name}"
+            )
         self._open_for: str | None = None
         self._shards: dict[str, Path] = {}
         self._files: dict[Path, Any] = {}
@@ -184,9 +191,11 @@ class FeatureCache:
         A tensor that the encoder does not take (its channels, its size) counts as one that cannot be decoded.
 
         Raises:
-            TypeError: an entry that is no picture at all.
+            TypeError: an entry that is no picture at all, or another argument of the wrong kind.
+            OSError: the cache cannot be written. What is there stays as it is.
         """
         check_int("batch_size", batch_size, 1)
+        check_function("progress", progress)
         if isinstance(images, str | bytes | Path | Tensor) or not isinstance(images, Iterable):
             raise TypeError(f"images: expected a list of pictures, got {describe(images)}")
         self._open()
@@ -254,28 +263,56 @@ class FeatureCache:
             [len(hashes), tokens, width] in the cache's dtype, on the CPU; [0, 0, 0] for none.
 
         Raises:
-            KeyError: not in the cache; all that are missing are counted, the first is named.
+            TypeError: no list of sha256.
+            KeyError: not in the cache; all that are missing are counted, the first is named, and where the
+                directory holds features of other encoders, these are.
+            OSError: a file of the cache was taken away or damaged since it was opened.
         """
+        if isinstance(hashes, str) or not isinstance(hashes, Sequence):
+            raise TypeError(f"hashes: expected a list of sha256, got {describe(hashes)}")
         if self._open_for is None:
             self._open()
         missing = [key for key in hashes if key not in self._shards]
         if missing:
             raise KeyError(
                 f"hashes: expected pictures in the cache, got {len(missing)} others, such as {missing[0]}"
+                f"{self._of_others()}"
             )
         places: dict[Path, list[int]] = {}
         for place, key in enumerate(hashes):
             places.setdefault(self._shards[key], []).append(place)
         features = torch.empty(0, 0, 0, dtype=self.dtype)
         for path, rows in places.items():
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
             for row in rows:
-                tensor = self._files[path].get_tensor(hashes[row])
+                tensor = self._read(path, hashes[row])
                 if not features.numel():
                     features = torch.empty(len(hashes), *tensor.shape, dtype=self.dtype)
                 features[row] = tensor
         return features
+
+    def _read(self, path: Path, key: str) -> Tensor:
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            return self._files[path].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"feature cache: {path} was taken away or damaged since it was opened ({error}); a new "
+                "FeatureCache encodes its pictures again"
+            ) from error
+
+    def _of_others(self) -> str:
+        """Which other encoders the directory holds features of: where features are missing, likely the
+        cause."""
+        own = self.directory
+        others = [path.name for path in sorted(self.root.iterdir())] if self.root.is_dir() else []
+        others = [name for name in others if ENCODERS_FOLDER.fullmatch(name) and name != own.name]
+        if not others:
+            return ""
+        return (
+            f"; {self.root} holds features of other encoders or dtypes, {', '.join(others)}, and this one's, "
+            f"{own.name}, are not theirs: give the encoder that made them, or encode again with prepare()"
+        )
 
     def _pixels(self, image: Any) -> Tensor:
         if isinstance(image, str | Path | bytes):
@@ -328,7 +365,8 @@ class FeatureCache:
                 intact = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
             if not intact:
                 self._damaged.append(path.name)
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a cache that may only be read: passed over
+                    path.unlink()
                 continue
             with safe_open(path, framework="pt") as file:
                 self._shards.update(dict.fromkeys(file.keys(), path))

@@ -1,6 +1,5 @@
 """A Q-Former that starts from a BERT, as BLIP-2's from BERT-base (paper section 3.1)."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers import Blip2QFormerConfig
 
+from blip2_kernels.checks import check_int, describe
+
 from .base import Blip2Base
+from .pretrained import check_model_folder, read_json
 
 # BERT's name inside a layer → the Q-Former's; the query feed-forward network starts as the text one.
 LAYER_NAMES = {
@@ -30,6 +32,21 @@ CONFIG_FIELDS = (
 )  # fmt: skip
 
 
+def read_bert_config(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of a BERT's folder.
+
+    Raises:
+        TypeError: no path.
+        FileNotFoundError: no `config.json` there.
+        ValueError: one that cannot be read, not a BERT's, or without a `vocab_size`.
+    """
+    fields = read_json("bert", check_model_folder("bert", folder) / "config.json")
+    if fields.get("model_type") != "bert":
+        raise ValueError(f"bert: expected a config of model_type 'bert', got {fields.get('model_type')!r}")
+    check_int(f"bert: vocab_size in {folder}", fields.get("vocab_size"), 1)
+    return fields
+
+
 def qformer_config_from_bert(folder: str | Path, *, vocab_size: int, **overrides: Any) -> Blip2QFormerConfig:
     """Configuration of a Q-Former of a BERT's shape.
 
@@ -39,15 +56,10 @@ def qformer_config_from_bert(folder: str | Path, *, vocab_size: int, **overrides
         overrides: further fields, such as `encoder_hidden_size`.
 
     Raises:
-        FileNotFoundError: no `config.json` there.
-        ValueError: not a BERT's, or a vocabulary smaller than the BERT's.
+        TypeError, FileNotFoundError, ValueError: as `read_bert_config`; a vocabulary smaller than the BERT's.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"bert: expected a model folder with config.json, got {folder}")
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.get("model_type") != "bert":
-        raise ValueError(f"bert: expected a config of model_type 'bert', got {fields.get('model_type')!r}")
+    check_int("vocab_size", vocab_size, 1)
+    fields = read_bert_config(folder)
     if vocab_size < fields["vocab_size"]:
         raise ValueError(f"vocab_size: expected at least the BERT's {fields['vocab_size']}, got {vocab_size}")
     shape = {name: fields[name] for name in CONFIG_FIELDS if name in fields}
@@ -60,7 +72,9 @@ def read_bert(folder: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no safetensors there.
+        ValueError: one that cannot be read.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -68,7 +82,10 @@ def read_bert(folder: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"bert: expected a model folder with *.safetensors, got {folder}")
     state: dict[str, Tensor] = {}
     for file in files:
-        state.update({name.removeprefix("bert."): value for name, value in load_file(file).items()})
+        try:
+            state.update({name.removeprefix("bert."): value for name, value in load_file(file).items()})
+        except SafetensorError as error:
+            raise ValueError(f"bert: {file} is damaged: {error}") from error
     return state
 
 
@@ -89,8 +106,11 @@ def start_from_bert(model: Blip2Base, state: Mapping[str, Tensor]) -> list[str]:
         Names of the parameters that were set.
 
     Raises:
+        TypeError: no stage-1 model.
         ValueError: names all weights that are missing or of another shape; the model is left as it was.
     """
+    if not isinstance(model, Blip2Base):
+        raise TypeError(f"model: expected a Blip2ForPreTraining, got {describe(model)}")
     own = dict(model.named_parameters())
     new: dict[str, Tensor | None] = {}
     words, positions = state.get("embeddings.word_embeddings.weight"), "embeddings.position_embeddings.weight"

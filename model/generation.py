@@ -25,13 +25,9 @@ from blip2_kernels.encoder import Saving
 from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base
+from .generate_options import check_generate_options, limit_new_tokens
 from .generation_config import Blip2GenerationConfig
-from .language_model import (
-    check_generate_options,
-    check_language_model,
-    limit_new_tokens,
-    position_limit,
-)
+from .language_model import check_language_model, position_limit
 from .qformer_text import TOKEN_IDS
 from .soft_prompt import SoftPromptModel, check_text, copy_weights
 from .supervised_rows import supervised_row_loss
@@ -422,6 +418,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
             TypeError, ValueError: an argument of the wrong kind, shape or value; soft prompt, prompt and new
             tokens together longer than the language model's position table.
         """
+        check_generate_options(generate_options, getattr(self.language_model, "generation_config", None))
         soft_prompt = self.soft_prompt(
             pixel_values,
             image_features,
@@ -440,7 +437,6 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         inputs = self._inputs(soft_prompt, input_ids.gather(1, order), attention_mask.gather(1, order))
         if not self.is_encoder_decoder:
             inputs = move_padding_to_front(inputs)
-        check_generate_options(self.language_model, generate_options)
         length = 1 if self.is_encoder_decoder else inputs["inputs_embeds"].shape[1]
         options = limit_new_tokens(self.language_model, generate_options, length, self.position_limit)
         return self.language_model.generate(**inputs, **options)

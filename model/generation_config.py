@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
-from blip2_kernels.checks import check_int, describe
+from blip2_kernels.checks import check_finite, check_int, describe
 from blip2_kernels.layout import MAX_ORDINALS
+
+from .config import read_qformer
 
 __all__ = ["Blip2GenerationConfig"]
 
@@ -50,11 +52,7 @@ class Blip2GenerationConfig:
                 "only, got True (a stage-1 model becomes a stage-2 model through from_pretraining)"
             )
         check_int("num_query_tokens", self.num_query_tokens, 1, MAX_ORDINALS)
-        eps = self.vision_layer_norm_eps
-        if isinstance(eps, bool) or not isinstance(eps, int | float):
-            raise TypeError(f"vision_layer_norm_eps: expected a number > 0, got {describe(eps)}")
-        if eps <= 0:
-            raise ValueError(f"vision_layer_norm_eps: expected a number > 0, got {eps}")
+        check_finite("vision_layer_norm_eps", self.vision_layer_norm_eps, above=0)
 
     @property
     def is_instruct(self) -> bool:
@@ -117,5 +115,5 @@ class Blip2GenerationConfig:
                     f"qformer.model_type: expected one of {', '.join(QFORMER_CONFIGS)}, got "
                     f"{qformer['model_type']!r}"
                 )
-            qformer = config_class.from_dict(dict(qformer))
+            qformer = read_qformer(config_class, qformer)
         return cls(**{**fields, "qformer": qformer})

@@ -4,6 +4,7 @@ torchvision, which transformers' image processors need, is never required.
 """
 
 import io
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from blip2_kernels.checks import check_finite, check_int, describe, values_are_free
+from blip2_kernels.checks import check_bool, check_finite, check_int, describe, values_are_free
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "ImagePreprocessing", "open_image"]
 
@@ -151,31 +152,36 @@ class ImagePreprocessing:
         """Read a transformers `preprocessor_config.json` (given as a dict).
 
         Raises:
+            TypeError: not a mapping, or an entry of the wrong kind.
             ValueError: an entry says something this class does not do (no resizing, no rescaling, a crop of
                 another size than the one resized to).
         """
-        size = config.get("size", 224)
-        crop_size = config.get("crop_size", size)
-        crop = bool(config.get("do_center_crop", False))
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config: expected a mapping, got {describe(config)}")
+        given = {name: value for name, value in config.items() if value is not None}
+        size = given.get("size", 224)
+        crop_size = given.get("crop_size", size)
+        crop = check_bool("do_center_crop", given.get("do_center_crop", False))
         for name in ("do_resize", "do_rescale", "do_normalize"):
-            if not config.get(name, True):
-                raise ValueError(f"{name}: expected True, got {config[name]!r}")
-        sides = _sides(crop_size if crop else size)
-        if crop and min(_sides(size)) != min(sides):
+            if not check_bool(name, given.get(name, True)):
+                raise ValueError(f"{name}: expected True, got False")
+        factor = check_finite("rescale_factor", given.get("rescale_factor", 1 / 255))
+        if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+            raise ValueError(f"rescale_factor: expected 1/255, got {factor}")
+        sides = _sides("crop_size", crop_size) if crop else _sides("size", size)
+        if crop and min(_sides("size", size)) != min(sides):
             raise ValueError(f"crop_size: expected {size}, the size resized to, got {crop_size}")
         if not crop and isinstance(size, Mapping) and "shortest_edge" in size:
             raise ValueError(f"size: expected height and width when do_center_crop is False, got {size}")
         names = {number: name for name, number in PIL_FILTERS.items()}
-        resample = int(config.get("resample", 3))
+        resample = check_int("resample", given.get("resample", 3), 0)
         if resample not in names:
             raise ValueError(f"resample: expected one of {sorted(names)}, got {resample}")
-        return cls(
-            image_size=sides,
-            mean=tuple(config.get("image_mean", CLIP_MEAN)),
-            std=tuple(config.get("image_std", CLIP_STD)),
-            interpolation=names[resample],
-            crop=crop,
-        )
+        mean, std = given.get("image_mean", CLIP_MEAN), given.get("image_std", CLIP_STD)
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if not isinstance(values, list | tuple):
+                raise TypeError(f"{name}: expected a list of one number a channel, got {describe(values)}")
+        return cls(sides, tuple(mean), tuple(std), names[resample], crop)
 
     def __call__(self, image: Any) -> Tensor:
         """Preprocess one picture.
@@ -254,12 +260,16 @@ class ImagePreprocessing:
         return self._cut(raw.view(height, width, 3).permute(2, 0, 1).float() / 255)
 
 
-def _sides(size: Any) -> tuple[int, int]:
+def _sides(name: str, size: Any) -> tuple[int, int]:
     """(height, width) of a `size` entry of transformers: a number, a pair, or named sides."""
+    sides = size
     if isinstance(size, Mapping):
-        if "shortest_edge" in size:
-            return int(size["shortest_edge"]), int(size["shortest_edge"])
-        if "height" not in size or "width" not in size:
-            raise ValueError(f"size: expected height and width or shortest_edge, got {dict(size)}")
-        return int(size["height"]), int(size["width"])
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        edge = size.get("shortest_edge")
+        sides = (size.get("height"), size.get("width")) if edge is None else (edge, edge)
+        if None in sides:
+            raise ValueError(f"{name}: expected height and width or shortest_edge, got {dict(size)}")
+    elif not isinstance(size, list | tuple):
+        sides = (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"{name}: expected (height, width), got {size}")
+    return check_int(name, sides[0], 1), check_int(name, sides[1], 1)

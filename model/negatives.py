@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import INTEGERS, check_int, check_tensor, describe, values_are_free
+from blip2_kernels.checks import INTEGERS, check_device, check_int, check_tensor, describe, values_are_free
 
 from .distributed import all_gather, get_rank, get_world_size
 
@@ -32,6 +32,7 @@ def positive_pairs(batch_size: int, image_ids: Tensor | None = None, *, device: 
         TypeError, ValueError: an argument of the wrong kind, shape or value.
     """
     check_int("batch_size", batch_size, 0)
+    device = check_device("device", device)
     if image_ids is not None:
         check_tensor("image_ids", image_ids, [batch_size], INDEX_DTYPES)
         return image_ids[:, None] == all_gather(image_ids)[None, :]

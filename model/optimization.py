@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from blip2_kernels.checks import check_finite, check_int
+from blip2_kernels.checks import check_finite, check_function, check_int, describe
 
 Schedule = Callable[[int, int], float]
 
@@ -21,6 +21,16 @@ def check_schedule(schedule: object) -> None:
     """Check a schedule of the learning rate: one of `SCHEDULES` or a function; raises ValueError."""
     if not callable(schedule) and schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {SCHEDULES} or a function, got {schedule!r}")
+
+
+def check_factors(name: str, factors: object, other: str = "", minimum: float | None = None) -> None:
+    """Check None, or a mapping of names to finite numbers; raises TypeError or ValueError."""
+    if factors is None:
+        return
+    if not isinstance(factors, Mapping):
+        raise TypeError(f"{name}: expected {other}a mapping of names to numbers, got {describe(factors)}")
+    for key, value in factors.items():
+        check_finite(f"{name}[{key!r}]", value, minimum)
 
 
 def learning_rate_factor(
@@ -53,7 +63,10 @@ def learning_rate_factor(
         return (step + 1) / (warmup_steps + 1)
     done, length = step - warmup_steps, max(total_steps - warmup_steps, 1)
     if callable(schedule):
-        return schedule(done, length)
+        factor = schedule(done, length)
+        if isinstance(factor, bool) or not isinstance(factor, int | float):  # a NaN stops the training itself
+            raise TypeError(f"schedule: expected a function that returns a number, got {describe(factor)}")
+        return factor
     progress = min(done / length, 1.0)
     if schedule == "cosine":
         return final_factor + (1.0 - final_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -89,8 +102,15 @@ def parameter_groups(
             that fits counts, others keep 1.
 
     Raises:
-        ValueError: nothing is trainable, or a prefix fits no trainable parameter.
+        TypeError: an argument of the wrong kind.
+        ValueError: a number out of range; nothing is trainable, or a prefix fits no trainable parameter.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
+    check_finite("learning_rate", learning_rate, 0)
+    check_finite("weight_decay", weight_decay, 0)
+    check_function("weight_decay_filter", weight_decay_filter, optional=False)
+    check_factors("learning_rate_multipliers", learning_rate_multipliers, minimum=0)
     multipliers = dict(learning_rate_multipliers or {})
     used: set[str] = set()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

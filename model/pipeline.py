@@ -5,8 +5,7 @@ tokenizer and language model (`config.json`: `stage`, `model`, `vision`, `tokeni
 :func:`~blip2_kernels.model.train.train` with another `checkpoint_config` are not loaded here.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2_kernels.checks import describe
+from blip2_kernels.checks import FLOATING, check_device, check_function, check_int, describe
 
 from .base import Blip2Base
 from .checkpoints import load_checkpoint
@@ -22,17 +21,22 @@ from .config import Blip2PreTrainingConfig
 from .data.collate import GenerationCollator
 from .data.manifest import Manifest
 from .evaluate import positives_from_ids, recall_at, retrieval_metrics
-from .from_bert import qformer_config_from_bert, read_bert, start_from_bert
+from .from_bert import qformer_config_from_bert, read_bert, read_bert_config, start_from_bert
 from .generation import Blip2ForConditionalGeneration
 from .generation_config import Blip2GenerationConfig
 from .images import ImagePreprocessing, open_image
-from .pretrained import load_pretrained
+from .pretrained import check_model_folder, load_pretrained, read_config, read_json
 from .pretraining import Blip2ForPreTraining
 from .retrieval import Blip2ForImageTextRetrieval
 from .training_state import load_trainable_state
 from .vision import FrozenVisionEncoder, load_efficientnet_lite0
 
 EFFICIENTNET = "efficientnet-lite0"
+# What a checkpoint of each stage says of what is around the model.
+SURROUNDINGS = {
+    1: ("stage", "model", "vision", "tokenizer"),
+    2: ("stage", "model", "vision", "tokenizer", "language_model", "prompt"),
+}
 
 
 @dataclass
@@ -65,25 +69,26 @@ def load_vision(vision: Mapping[str, Any]) -> FrozenVisionEncoder:
             for the last.
 
     Raises:
+        TypeError: no such description.
         FileNotFoundError: neither of the two.
         ImportError: a package is missing.
-        ValueError: a layer where there are none; weights that are missing or of another shape, all named.
+        ValueError: a layer where there are none; a file that cannot be read; weights that are missing or of
+            another shape, all named.
     """
+    if not isinstance(vision, Mapping) or "name" not in vision:
+        got = sorted(vision) if isinstance(vision, Mapping) else describe(vision)
+        raise TypeError(f"vision: expected a mapping with a name, got {got}")
     name, layer = str(vision["name"]), vision.get("layer")
     if name == EFFICIENTNET:
         if layer is not None:
             raise ValueError(f"vision layer: expected none for {EFFICIENTNET}, got {layer}")
         return load_efficientnet_lite0()
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"vision: expected {EFFICIENTNET!r} or a model folder with config.json, got {name}"
-        )
-    from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
+    folder = check_model_folder("vision", name, f"{EFFICIENTNET!r} or ")
+    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # The vision towers of dual encoders are classes of their own, which read the dual model's folder.
     towers = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config("vision", folder)
     loader = towers.get(config.model_type, AutoModel)
     # A pooler reads the features and makes none; the folder of a classifier has none.
     model: Any = load_pretrained("vision", loader, folder, optional=("pooler",))
@@ -96,7 +101,10 @@ def load_vision(vision: Mapping[str, Any]) -> FrozenVisionEncoder:
 def _preprocessing(folder: Path, model: Any) -> ImagePreprocessing:
     path = folder / "preprocessor_config.json"
     if path.is_file():
-        return ImagePreprocessing.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return ImagePreprocessing.from_dict(read_json("vision", path))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"vision: cannot use {path}: {error}") from error
     size = getattr(model.config, "image_size", None)
     if size is None:
         raise FileNotFoundError(
@@ -109,16 +117,19 @@ def load_tokenizer(folder: str | Path) -> Any:
     """A tokenizer from a local folder; nothing is fetched.
 
     Raises:
+        TypeError: no path.
         FileNotFoundError: no such folder.
         ValueError: no tokenizer in it.
     """
     from transformers import AutoTokenizer
 
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"tokenizer: expected a path, got {describe(folder)}")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"tokenizer: expected a local folder, got {folder}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # its parser in Rust raises nothing narrower
         raise ValueError(f"tokenizer: expected one in {folder}: {error}") from error
 
 
@@ -127,14 +138,16 @@ def load_language_model(folder: str | Path, dtype: torch.dtype | None = None) ->
     stored).
 
     Raises:
+        TypeError: no path, or no dtype.
         FileNotFoundError: no `config.json` there.
-        ValueError: weights that are missing or of another shape, all named.
+        ValueError: a file that cannot be read, or no language model; weights that are missing or of another
+            shape, all named.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"language model: expected a model folder with config.json, got {folder}")
-    config = AutoConfig.from_pretrained(folder)
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
+    config = read_config("language model", folder)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return load_pretrained("language model", loader, folder, dtype=dtype or "auto")
 
@@ -166,10 +179,13 @@ def build_stage1(
         embedding_width: of the space in which images and texts are compared.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: an unknown field, a tokenizer without the special tokens, a BERT that does not fit.
     """
     from transformers import Blip2QFormerConfig
 
+    if not isinstance(vision, FrozenVisionEncoder):
+        raise TypeError(f"vision: expected a FrozenVisionEncoder, got {describe(vision)}")
     if qformer is not None and not isinstance(qformer, Mapping):
         raise TypeError(f"qformer: expected a mapping of fields, got {describe(qformer)}")
     fields = dict(qformer or {})
@@ -184,12 +200,7 @@ def build_stage1(
     vocabulary = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     fields["encoder_hidden_size"] = vision.width
     if bert is not None:
-        stored = (
-            json.loads((Path(bert) / "config.json").read_text())
-            if (Path(bert) / "config.json").is_file()
-            else {}
-        )
-        vocabulary = max(vocabulary, stored.get("vocab_size", 0))
+        vocabulary = max(vocabulary, read_bert_config(bert)["vocab_size"])
         config = qformer_config_from_bert(bert, vocab_size=vocabulary + 1, **fields)
     else:
         config = Blip2QFormerConfig(
@@ -224,23 +235,29 @@ def load_trained(
     """Builds the model of a checkpoint of the command line, with everything around it.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         FileNotFoundError, CheckpointError: no such checkpoint, or a damaged one; an image encoder, tokenizer
-        or language
-            model that is no longer where it was.
-        ValueError: a checkpoint that does not say what is around the model.
+            or language model that is no longer where it was.
+        ValueError: a checkpoint that does not say what is around the model; an image encoder or language
+            model with other weights than in training; a device that is not here.
     """
+    if not isinstance(checkpoint, str | Path):
+        raise TypeError(f"checkpoint: expected a path, got {describe(checkpoint)}")
+    device = check_device("device", device)
     loaded = load_checkpoint(checkpoint)
     config = loaded.config
-    if config.get("stage") not in (1, 2) or not {"model", "vision", "tokenizer"} <= set(config):
+    needed = SURROUNDINGS.get(config.get("stage"), SURROUNDINGS[1])
+    if config.get("stage") not in SURROUNDINGS or not set(needed) <= set(config):
         raise ValueError(
-            "checkpoint: expected one of `blip2-kernels train` (config.json with stage, model, vision, "
-            f"tokenizer), got {sorted(config)} in {checkpoint}"
+            f"checkpoint: expected one of `blip2-kernels train` (config.json with {', '.join(needed)}), got "
+            f"{sorted(config)} in {checkpoint}"
         )
     vision = load_vision(config["vision"])
     fingerprint = config["vision"].get("fingerprint")
     if fingerprint is not None and fingerprint != vision.fingerprint():
         raise ValueError(
-            f"vision: expected the encoder of the training, {config['vision']['name']} has other weights"
+            f"vision: expected the encoder of the training, {fingerprint[:12]}, got another, "
+            f"{vision.fingerprint()[:12]}: {config['vision']['name']} has changed since"
         )
     tokenizer = load_tokenizer(config["tokenizer"])
     model: nn.Module
@@ -255,7 +272,7 @@ def load_trained(
             vision_model=vision,
             use_fused=use_fused,
         )
-    load_trainable_state(model, loaded.state)
+    load_trainable_state(model, loaded)
     return Trained(config["stage"], model.to(device).eval(), tokenizer, config)
 
 
@@ -269,7 +286,7 @@ def features_of(model: Any, images: list[Any], device: torch.device) -> Tensor:
 @torch.no_grad()
 def caption_images(
     trained: Trained,
-    paths: list[str | Path],
+    paths: Sequence[str | Path],
     *,
     prompt: str | None = None,
     max_new_tokens: int = 30,
@@ -280,9 +297,21 @@ def caption_images(
 
     Args:
         prompt: words to go on from; default: the prompt of the training (stage 2), none (stage 1).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
     """
     from .captioning import generate_captions
 
+    if not isinstance(trained, Trained):
+        raise TypeError(f"trained: expected what load_trained returns, got {describe(trained)}")
+    if isinstance(paths, str | Path) or not isinstance(paths, Sequence):
+        raise TypeError(f"paths: expected a list of image files, got {describe(paths)}")
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"prompt: expected a str or None, got {describe(prompt)}")
+    for name, number in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        check_int(name, number, 1)
+    check_int("batch_size", batch_size, 1)
     device = trained.model.query_tokens.device
     captions: list[str | None] = [None] * len(paths)
     images = []
@@ -341,8 +370,16 @@ def retrieval_scores(
         `captions` counted; `skipped`, images that cannot be decoded.
 
     Raises:
-        ValueError: not one image that can be decoded.
+        TypeError, ValueError: an argument of the wrong kind or value; not one image that can be decoded.
     """
+    if not isinstance(model, Blip2Base):
+        raise TypeError(f"model: expected a Blip2ForPreTraining, got {describe(model)}")
+    if not isinstance(manifest, Manifest):
+        raise TypeError(f"manifest: expected a Manifest (see read_manifest), got {describe(manifest)}")
+    check_int("limit", limit, 1)
+    check_int("rerank", rerank, 0)
+    check_int("batch_size", batch_size, 1)
+    check_function("progress", progress)
     device = model.query_tokens.device
     captions_of, kept, features, skipped = manifest.captions_of_images(), [], [], []
     images: list[tuple[int, Any]] = []

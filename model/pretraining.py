@@ -47,6 +47,7 @@ class Blip2PreTrainingOutput(ModelOutput):
         loss: [], the sum of the three, or of those that were asked for; the others and their figures are
             None.
         loss_itc, loss_itm, loss_itg: [], this rank's share: the mean over ranks is the loss of the batch.
+        query_hidden: [B, Q, C], the queries' last hidden states, having read the image and no text.
         image_embeds: [B, Q, E], contrastive image features of length 1.
         text_embeds: [B, E], contrastive text features of length 1.
         sim_i2t: [B, n], own images against all texts: best query, divided by the temperature.
@@ -63,6 +64,7 @@ class Blip2PreTrainingOutput(ModelOutput):
     loss_itc: Tensor | None = None
     loss_itm: Tensor | None = None
     loss_itg: Tensor | None = None
+    query_hidden: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     sim_i2t: Tensor | None = None
@@ -199,11 +201,13 @@ class Blip2ForPreTraining(Blip2Base):
         # Seen by the pass of contrast and captions, and by the three parts of matching.
         images = self.prepare_images(features, samples=4 * batch)
         dropout_key = draw_key(input_ids.device) if self.qformer.drops else None
+        query_hidden = None
         contrast = "itc" in wanted or ("itm" in wanted and negatives is None)
         generate = "itg" in wanted
         if contrast or generate:
             encode = self._encode_together if self.packs else self._encode_in_turn
             passes = encode(images, input_ids, attention_mask, dropout_key, contrast, generate)
+            query_hidden = passes.query_hidden
 
         smoothing = self.config.label_smoothing
         image_embeds = text_embeds = sim_i2t = sim_t2i = itm_logits = itm_labels = None
@@ -233,6 +237,7 @@ class Blip2ForPreTraining(Blip2Base):
         return Blip2PreTrainingOutput(
             loss=torch.stack(list(parts.values())).sum(),
             **parts,
+            query_hidden=query_hidden,
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             sim_i2t=sim_i2t,

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any, Self, TextIO
 
+from blip2_kernels.checks import check_bool, check_finite, check_int, describe
+
 
 def format_duration(seconds: float) -> str:
     """`75.2` becomes `"1m15s"`, `3.4` becomes `"3.4s"`, `7325` becomes `"2h02m"`."""
@@ -32,6 +34,9 @@ class ProgressBar:
         stream: where to write, default `sys.stderr`.
         seconds_between_lines: at most one plain line in so many seconds; the first and the last step always
             get one.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
     """
 
     def __init__(
@@ -43,6 +48,12 @@ class ProgressBar:
         stream: TextIO | None = None,
         seconds_between_lines: float = 10.0,
     ) -> None:
+        if not isinstance(description, str):
+            raise TypeError(f"description: expected a str, got {describe(description)}")
+        if total is not None:
+            check_int("total", total, 0)
+        check_bool("enabled", enabled)
+        check_finite("seconds_between_lines", seconds_between_lines, 0)
         self.description = description
         self.total = total
         self.enabled = enabled

@@ -14,7 +14,15 @@ from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
-from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.checks import (
+    check_binary,
+    check_bool,
+    check_finite,
+    check_int,
+    check_probability,
+    check_tensor,
+    describe,
+)
 from blip2_kernels.encoder import ImageKeyValues, LayerCall
 from blip2_kernels.encoder.modules import checkpoints, drops, qformer_reason
 from blip2_kernels.encoder.owner import OwnsFusedEncoder
@@ -45,6 +53,10 @@ __all__ = [
     "dense_attention_mask",
 ]
 
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "encoder_hidden_size",
+    "cross_attention_frequency",
+)  # fmt: skip
 INSTRUCT_MODEL_TYPES = ("instructblip_qformer", "instructblipvideo_qformer")
 
 
@@ -97,8 +109,12 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
             raise TypeError(
                 f"config: expected Blip2QFormerConfig or InstructBlipQFormerConfig, got {describe(config)}"
             )
-        check_int("config.num_attention_heads", config.num_attention_heads, 1)
-        check_int("config.cross_attention_frequency", config.cross_attention_frequency, 1)
+        for name in SIZES:
+            check_int(f"config.{name}", getattr(config, name), 1)
+        for name in ("layer_norm_eps", "initializer_range"):
+            check_finite(f"config.{name}", getattr(config, name), 0)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            check_probability(f"config.{name}", getattr(config, name))
         if isinstance(config.hidden_act, str) and config.hidden_act not in ACT2FN:
             raise ValueError(
                 f"config.hidden_act: expected one of {', '.join(ACT2FN)}, got {config.hidden_act!r}"
@@ -109,7 +125,7 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
                 f"{config.hidden_size} and {config.num_attention_heads}"
             )
         self.config = config
-        self.use_fused = use_fused
+        self.use_fused = check_bool("use_fused", use_fused)
         self.gradient_checkpointing = False
         self.has_text = self.is_instruct or config.use_qformer_text_input
         if self.is_instruct:

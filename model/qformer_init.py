@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from blip2_kernels.checks import check_finite, describe
+
 
 def init_bert_weights(module: nn.Module, initializer_range: float = 0.02) -> None:
     """Initialise as BERT: linear layers and embeddings N(0, range), biases 0, LayerNorm 1 and 0, padding row
@@ -11,7 +13,13 @@ def init_bert_weights(module: nn.Module, initializer_range: float = 0.02) -> Non
     Args:
         module: changed in place with everything in it.
         initializer_range: standard deviation.
+
+    Raises:
+        TypeError, ValueError: no module, or no standard deviation.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {describe(module)}")
+    check_finite("initializer_range", initializer_range, 0)
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=initializer_range)
@@ -29,8 +37,11 @@ def copy_text_feed_forward_to_query(qformer: nn.Module) -> None:
     """Start the query feed-forward networks from the text ones, as LAVIS does after loading BERT.
 
     Raises:
+        TypeError: no `QFormerModel`.
         ValueError: the Q-Former has no text feed-forward networks.
     """
+    if not hasattr(qformer, "has_text"):
+        raise TypeError(f"qformer: expected a QFormerModel, got {describe(qformer)}")
     if not qformer.has_text:
         raise ValueError(
             "qformer: expected text feed-forward networks, got a config with use_qformer_text_input=False"

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip2_kernels.checks import check_binary, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_device, check_int, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
@@ -23,7 +23,16 @@ def dense_attention_mask(
 
     Returns:
         bool [1, 1, length, past + length], True where the row may attend.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
     """
+    if not isinstance(mode, MaskMode):
+        raise TypeError(f"mode: expected a MaskMode, got {describe(mode)}")
+    for name, number in (("num_queries", num_queries), ("past", past), ("length", length)):
+        check_int(name, number, 0)
+    if device is not None:
+        device = check_device("device", device)
     to = torch.arange(past + length, device=device)[None, :]
     row = torch.arange(past, past + length, device=device)[:, None]
     from_text, to_text = row >= num_queries, to >= num_queries

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 from transformers.activations import ACT2FN
 
-from blip2_kernels.checks import FLOATING, INTEGERS, check_int, check_range, check_tensor
+from blip2_kernels.checks import FLOATING, INTEGERS, check_int, check_range, check_tensor, describe
 
 TOKEN_IDS = INTEGERS
 
@@ -16,10 +16,14 @@ class TextEmbeddings(nn.Module):
 
     Args:
         config: needs vocab_size, hidden_size, max_position_embeddings, pad_token_id.
+
+    Raises:
+        TypeError: a config without them.
     """
 
     def __init__(self, config: Blip2QFormerConfig | InstructBlipQFormerConfig) -> None:
         super().__init__()
+        _check_config(config)
         self.word_embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
@@ -118,6 +122,7 @@ class LMHead(nn.Module):
 
     def __init__(self, config: Blip2QFormerConfig) -> None:
         super().__init__()
+        _check_config(config)
         self.transform = LMHeadTransform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -131,6 +136,17 @@ class LMHead(nn.Module):
         front = hidden_states.shape[:-1] if isinstance(hidden_states, Tensor) else ["..."]
         check_tensor("hidden_states", hidden_states, [*front, word_embeddings.shape[1]], FLOATING)
         return F.linear(self.transform(hidden_states), word_embeddings, self.bias)
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, Blip2QFormerConfig | InstructBlipQFormerConfig) and not all(
+        hasattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")
+    ):
+        raise TypeError(
+            f"config: expected Blip2QFormerConfig or InstructBlipQFormerConfig, got {describe(config)}"
+        )
+    for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+        check_int(f"config.{name}", getattr(config, name), 1)
 
 
 def check_text_length(name: str, ids: Tensor, positions: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_binary, check_int, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_function, check_int, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base, evaluation_mode
@@ -98,6 +98,7 @@ class Blip2ForImageTextRetrieval(Blip2Base):
             TypeError, ValueError: an argument of the wrong kind, shape or value.
         """
         check_int("batch_size", batch_size, 1)
+        check_function("progress", progress)
         attention_mask = self.check_text(input_ids, attention_mask)
         images = self._image_chunks(image_features, pixel_values, image_mask)
         total, done = len(images) + len(input_ids), 0
@@ -199,6 +200,7 @@ class Blip2ForImageTextRetrieval(Blip2Base):
         """
         check_int("k", k, 1)
         check_int("batch_size", batch_size, 1)
+        check_function("progress", progress)
         attention_mask = self.check_text(input_ids, attention_mask)
         images = self._image_chunks(image_features, pixel_values, image_mask)
         if not images.encoded:
@@ -237,6 +239,7 @@ class Blip2ForImageTextRetrieval(Blip2Base):
         """ITM logits [P, 2] of P pairs, sorted by image; at most `batch_size` images are prepared at a
         time."""
         check_int("batch_size", batch_size, 1)
+        check_function("progress", progress)
         logits = torch.empty(len(image_of), 2, device=input_ids.device)
         starts = torch.arange(0, len(images) + batch_size, batch_size, device=image_of.device)
         bounds = torch.searchsorted(image_of, starts).tolist()

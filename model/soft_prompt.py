@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2_kernels.checks import check_binary, check_range, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_bool, check_range, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
 from .generation_config import Blip2GenerationConfig
@@ -70,7 +70,7 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
 
     @use_fused.setter
     def use_fused(self, value: bool) -> None:
-        self.qformer.use_fused = value
+        self.qformer.use_fused = check_bool("use_fused", value)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """What training changes: `query_tokens`, `ln_vision`, `qformer`, `language_projection`. Load it back

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2_kernels.checks import describe
+
 from .optimization import Schedule, decays
 from .train_arguments import check_arguments
 
@@ -82,9 +84,7 @@ def loss_parts(output: Any) -> dict[str, Tensor]:
     elif is_dataclass(output):
         items = vars(output).items()
     else:
-        raise TypeError(
-            f"model output: expected a mapping or dataclass with a loss, got {type(output).__name__}"
-        )
+        raise TypeError(f"model output: expected a mapping or dataclass with a loss, got {describe(output)}")
     parts = {
         name: value
         for name, value in items
@@ -107,6 +107,8 @@ def weighted_loss(
         if "loss" not in parts:
             raise ValueError(f"model output: expected `loss` (or give loss_weights), got {sorted(parts)}")
         return parts["loss"]
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"loss_weights: expected a mapping of names to numbers, got {describe(weights)}")
     if unknown := sorted(set(weights) - set(parts)):
         raise ValueError(f"loss_weights: expected names among {sorted(parts)}, got {unknown}")
     terms = [weight * parts[name] for name, weight in weights.items() if weight != 0]
@@ -213,7 +215,10 @@ def train(
             before the step. (On CUDA a bad gradient under a good loss is reported one step later.)
         ImportError: accelerate is missing.
         TypeError, ValueError: arguments of the wrong kind or value, or that contradict each other; an
-        `output_dir` with the checkpoints of another run. Nothing on the disk has changed then.
+            `output_dir` with the checkpoints of another run, or that may not be written; a checkpoint to
+            resume from whose parameters or frozen parts (another language model) are not this model's.
+            Nothing on the disk has changed then.
+        OSError: the disk is full, or the like; the checkpoints written before are whole.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "dataset")}
     check_arguments(model, dataset, arguments)

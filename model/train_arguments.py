@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip2_kernels.checks import check_finite, check_int, check_probability, describe
+from blip2_kernels.checks import (
+    check_bool,
+    check_finite,
+    check_folder,
+    check_function,
+    check_int,
+    check_probability,
+    describe,
+)
 
 from .checkpoints import latest_checkpoint
-from .optimization import check_schedule
+from .optimization import check_factors, check_schedule
 
 # The least of each; None where the argument may be left out.
 INTEGERS = {
@@ -59,8 +67,8 @@ def check_arguments(model: object, dataset: Any, given: Mapping[str, Any]) -> No
     for name, minimum in NUMBERS.items():
         if given[name] is not None or name not in OPTIONAL:
             check_finite(name, given[name], minimum)
-    if given["epochs"] is not None and check_finite("epochs", given["epochs"]) <= 0:
-        raise ValueError(f"epochs: expected a finite number > 0, got {given['epochs']}")
+    if given["epochs"] is not None:
+        check_finite("epochs", given["epochs"], above=0)
     check_int("seed", given["seed"], 0, MAX_SEED)
     if given["min_learning_rate"] > given["learning_rate"]:
         raise ValueError(
@@ -73,21 +81,16 @@ def check_arguments(model: object, dataset: Any, given: Mapping[str, Any]) -> No
     for beta in betas:
         check_probability("betas", beta)
     for name in SWITCHES:
-        if not isinstance(given[name], bool):
-            raise TypeError(f"{name}: expected a bool, got {describe(given[name])}")
+        check_bool(name, given[name])
     for name in FUNCTIONS:
-        if given[name] is not None and not callable(given[name]):
-            raise TypeError(f"{name}: expected a function or None, got {describe(given[name])}")
-    if not callable(given["weight_decay_filter"]):
-        raise TypeError(
-            f"weight_decay_filter: expected a function, got {describe(given['weight_decay_filter'])}"
-        )
+        check_function(name, given[name])
+    check_function("weight_decay_filter", given["weight_decay_filter"], optional=False)
     check_schedule(given["schedule"])
     if given["batch_sampler"] is not None and not isinstance(given["batch_sampler"], Iterable):
         raise TypeError(f"batch_sampler: expected lists of indices, got {describe(given['batch_sampler'])}")
     if not callable(given["loss_weights"]):
-        _check_factors("loss_weights", given["loss_weights"], "a function of the step or ")
-    _check_factors("learning_rate_multipliers", given["learning_rate_multipliers"], minimum=0.0)
+        check_factors("loss_weights", given["loss_weights"], "a function of the step or ")
+    check_factors("learning_rate_multipliers", given["learning_rate_multipliers"], minimum=0.0)
     _check_callbacks(given["callbacks"])
     if not isinstance(given["description"], str):
         raise TypeError(f"description: expected a str, got {describe(given['description'])}")
@@ -96,16 +99,6 @@ def check_arguments(model: object, dataset: Any, given: Mapping[str, Any]) -> No
     if given["device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device that torch sees, got 'cuda' without one")
     _check_paths(given)
-
-
-def _check_factors(name: str, factors: object, other: str = "", minimum: float | None = None) -> None:
-    """None, or a mapping of names to finite numbers."""
-    if factors is None:
-        return
-    if not isinstance(factors, Mapping):
-        raise TypeError(f"{name}: expected {other}a mapping of names to numbers, got {describe(factors)}")
-    for key, value in factors.items():
-        check_finite(f"{name}[{key!r}]", value, minimum)
 
 
 def _check_callbacks(callbacks: object) -> None:
@@ -134,9 +127,7 @@ def _check_paths(given: Mapping[str, Any]) -> None:
         raise ValueError(f"resume_from: expected a checkpoint folder, got {str(resume)!r}")
     if output is None:
         return
-    nearest = next(path for path in (Path(output), *Path(output).absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"output_dir: expected a folder, got {output}, where {nearest} is a file")
+    check_folder("output_dir", output)
     found = latest_checkpoint(output) if resume is None else None
     if found is not None:
         raise ValueError(

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from blip2_kernels.checks import describe
+
 from .checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from .data.batches import DeviceLoader, RankBatches, ShuffledBatches, SizedRankBatches
 from .optimization import Schedule, learning_rate_factor, parameter_groups
@@ -32,6 +34,7 @@ from .train import LossWeights, NonFiniteLossError, StepFunction, TrainResult
 from .training_state import (
     CHECKPOINT_PREFIX,
     HistoryFile,
+    frozen_parts,
     load_optimizer_state,
     load_trainable_state,
     optimizer_state,
@@ -282,6 +285,7 @@ class Blip2Trainer(Trainer):
                 metadata={
                     "step": self.state.global_step,
                     "model": type(self.trained).__name__,
+                    "frozen": frozen_parts(self.trained),
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                     "training": {
                         "trainer_state": state,
@@ -314,7 +318,7 @@ class Blip2Trainer(Trainer):
         done, wanted = training["trainer_state"]["global_step"], self.settings.max_steps
         if wanted is not None and done >= wanted:
             raise ValueError(f"max_steps: expected more than the {done} steps of {path}, got {wanted}")
-        load_trainable_state(self.trained, checkpoint.state)
+        load_trainable_state(self.trained, checkpoint)
         self.resumed = checkpoint
         self._folder = tempfile.TemporaryDirectory()
         state = json.dumps(training["trainer_state"])
@@ -390,7 +394,11 @@ class StepCallback(TrainerCallback):
         model.eval()
         devices = [self.trainer.args.device] if self.trainer.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            figures = dict(settings.evaluate(model, step))
+            figures = settings.evaluate(model, step)
+        if not isinstance(figures, Mapping):
+            raise TypeError(
+                f"evaluate: expected a function that returns a mapping of figures, got {describe(figures)}"
+            )
         self.trainer.result.evaluations.append({"step": step, **figures})
         shown = ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, int | float))
         self.bar.write(f"{self.bar.description}: step {step}: {shown}")

@@ -1,6 +1,7 @@
 """What a run leaves on the disk besides the figures: weights, the optimizer's moments, random generators,
 rows."""
 
+import hashlib
 import json
 import os
 import random
@@ -14,8 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import Checkpoint
+
 CHECKPOINT_PREFIX = "checkpoint-"
 HISTORY_FILE = "history.jsonl"
+FROZEN_SAMPLES = 1024
+"""Weights of each frozen parameter whose signs are looked at, about."""
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -23,14 +28,55 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts the tensors of a checkpoint of this model's trainable parameters back in place.
+def frozen_parts(model: nn.Module) -> dict[str, str]:
+    """The parts of a model that are not trained, and so not in its checkpoints, as words that tell one from
+    another: class, size and a hash over the signs of some weights.
+
+    Signs are those of the training in any floating-point type: what was trained in bfloat16 may be loaded in
+    fp32. A language model of billions of weights is told in a fraction of a second; one whose weights differ
+    in a few places only may be missed. A part with quantised weights is left out: nothing of them can be
+    compared.
+    """
+    found = {}
+    for name, part in model.named_children():
+        parameters = dict(part.named_parameters())
+        if not parameters or any(p.requires_grad for p in parameters.values()):
+            continue
+        if all(p.is_floating_point() for p in parameters.values()):
+            size = sum(p.numel() for p in parameters.values())
+            kind = type(getattr(part, "_orig_mod", part)).__name__  # a compiled module is what it was
+            found[name] = f"{kind} of {size:,} parameters, {_hash_of_signs(parameters)}"
+    return found
+
+
+def _hash_of_signs(parameters: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        digest.update(f"{name.removeprefix('_orig_mod.')} {list(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(flat.numel() // FROZEN_SAMPLES, 1)]
+            digest.update(sample.signbit().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_trainable_state(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint of this model's trainable parameters back in place.
 
     Raises:
-        ValueError: names every parameter that is missing, unexpected or of another shape, all at once.
+        ValueError: names every frozen part that is not the one of the training (such as another language
+            model, which speaks another soft prompt), and every parameter that is missing, unexpected or of
+            another shape, all at once.
     """
+    trained_with, here = checkpoint.metadata.get("frozen", {}), frozen_parts(model)
+    problems = [
+        f"{name}: expected that of the training, {part}, got {here[name]}"
+        for name, part in trained_with.items()
+        if here.get(name, part) != part
+    ]
+    state = checkpoint.state
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"missing {name}" for name in own if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in own]
     problems += [
         f"{name}: expected {list(own[name].shape)}, got {list(value.shape)}"
@@ -38,7 +84,7 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if name in own and own[name].shape != value.shape
     ]
     if problems:
-        raise ValueError("checkpoint: does not fit the trainable parameters: " + "; ".join(problems))
+        raise ValueError("checkpoint: does not fit this model: " + "; ".join(problems))
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)

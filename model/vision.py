@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blip2_kernels.checks import check_finite, check_int, check_tensor, describe
+from blip2_kernels.checks import check_bool, check_finite, check_int, check_tensor, describe
 
 from .feature_cache import EncodingReport, FeatureCache
 from .images import ImagePreprocessing, UnfitPixelsError
@@ -58,8 +58,7 @@ def sine_positions_2d(height: int, width: int, channels: int, *, temperature: fl
     """
     for name, value in (("height", height), ("width", width), ("channels", channels)):
         check_int(name, value, 1)
-    if check_finite("temperature", temperature) <= 0:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    check_finite("temperature", temperature, above=0)
     if channels % 4:
         raise ValueError(f"channels: expected a multiple of 4 for sine positions, got {channels}")
     frequencies = temperature ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
@@ -126,7 +125,7 @@ class FrozenVisionEncoder(nn.Module):
             if self.kind not in ("blip2", "transformers"):
                 raise ValueError(f"layer: expected None for an encoder of kind {self.kind!r}, got {layer}")
         self.layer = layer
-        self.sine_positions = sine_positions
+        self.sine_positions = check_bool("sine_positions", sine_positions)
         self.preprocessing = preprocessing
         self.output_dtype = output_dtype
         # In a tuple: the LayerNorm belongs to whoever trains it, and must not appear among these parameters.
@@ -220,6 +219,9 @@ class FrozenVisionEncoder(nn.Module):
             or of a size that the module does not take; an output that holds no features.
         """
         self.check_pixels("pixel_values", pixel_values)
+        home = next(self.module.parameters(), pixel_values)
+        if not home.is_meta:  # else its weights wait elsewhere for their turn
+            check_tensor("pixel_values", pixel_values, None, device=home.device)
         output = self._run(pixel_values.to(self.dtype))
         features = _first_tensor(output)
         if features.dim() == 4 and getattr(self.module, "output_fmt", None) == "NHWC":

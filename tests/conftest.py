@@ -12,10 +12,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more than one thread each would only make them wait for one another.
     torch.set_num_threads(1)
 
+CASES_A_TEST = 50
+"""Random cases of a kernel that one test draws at most."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="another draw for every random test (default 0)")
     parser.addoption("--kernel-cases", type=int, default=40, help="random cases a kernel (default 40)")
+
+
+def pytest_generate_tests(metafunc):
+    """`kernel_cases`: how many random cases a test draws. Many are shared out, to run side by side."""
+    if "kernel_cases" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--kernel-cases")
+        full, rest = divmod(wanted, CASES_A_TEST)
+        shares = [CASES_A_TEST] * full + [rest] * bool(rest)
+        metafunc.parametrize("kernel_cases", shares, ids=[f"share{i}" for i in range(len(shares))])
 
 
 def pytest_report_header(config):
@@ -43,12 +55,6 @@ def seed(request) -> int:
     torch.manual_seed(number)
     print(f"seed {number}: random, numpy and torch (repeat with --seed={request.config.getoption('--seed')})")
     return number
-
-
-@pytest.fixture
-def kernel_cases(request) -> int:
-    """How many random cases a kernel's test draws."""
-    return request.config.getoption("--kernel-cases")
 
 
 @pytest.fixture

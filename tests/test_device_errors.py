@@ -28,3 +28,10 @@ def test_a_device_is_found_by_its_name(device):
     check_device_errors("meta")
     with pytest.raises(IndexError):
         check_device_errors(device)
+
+
+def test_what_names_no_device_is_refused():
+    with pytest.raises(ValueError, match=r"^device: expected a torch.device or its name, got 'gpu'"):
+        check_device_errors("gpu")
+    with pytest.raises(TypeError, match=r"^device: expected a torch.device or its name, got int 3"):
+        check_device_errors(3)

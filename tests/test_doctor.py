@@ -132,3 +132,16 @@ def test_cuda_tensors_without_a_cuda_build():
     if not torch._C._dispatch_has_kernel_for_dispatch_key("blip2_kernels::bias_gelu", "CUDA"):
         assert extension.device_reason("cuda") == "the extension was built without CUDA"
     assert "not on xpu" in extension.device_reason("xpu")
+
+
+@pytest.mark.parametrize(
+    ("devices", "error", "message"),
+    [
+        ("cpu", TypeError, "expected a list of devices, got str 'cpu'"),
+        (["cpu", "gpu"], ValueError, "expected a torch.device or its name, got 'gpu'"),
+        (["cuda:99"], ValueError, "expected a device that torch has here, got 'cuda:99'"),
+    ],
+)
+def test_devices_that_are_none_or_not_here_are_refused(devices, error, message):
+    with pytest.raises(error, match=f"^devices: {message}"):
+        doctor.examine(devices)

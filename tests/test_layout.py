@@ -13,6 +13,7 @@ from blip2_kernels.layout import (
     TEXT_STREAM,
     TokenLayout,
     padded_row_keys,
+    real_tokens_first,
     row_keys,
 )
 from blip2_kernels.mask import AttentionMask
@@ -148,6 +149,14 @@ BAD_LAYOUTS = [
     (dict(num_queries=1, text_masks=[ONE], text_streams=[1, 2]), ValueError, "text_streams: expected 1, one"),
     (dict(num_queries=1, text_masks=[ONE, ONE], text_streams=[1, 1]), ValueError, "expected distinct values"),
     (dict(num_queries=1, text_masks=[ONE], text_streams=[0]), ValueError, "text_streams: expected distinct"),
+    (dict(num_queries=1, samples=1, device="gpu"), ValueError, "device: expected a torch.device or its name"),
+    (
+        dict(num_queries=1, samples=1, device="cuda:99"),
+        ValueError,
+        "device: expected a device that torch",
+    ),
+    (dict(num_queries=1, samples=1, device=0), TypeError, "device: expected a torch.device or its name, got"),
+    (dict(num_queries=1, text_masks=[ONE], padded=1), TypeError, "padded: expected a bool, got int 1"),
     (dict(num_queries=1, samples=MAX_SAMPLES + 1), ValueError, "samples: expected an int in"),
     (
         dict(num_queries=1, samples=2, first_sample=MAX_SAMPLES),
@@ -164,6 +173,15 @@ def test_bad_layouts(arguments, error, words):
     assert words in str(caught.value)
 
 
+def test_row_keys_of_numbers_that_do_not_go_together():
+    with pytest.raises(ValueError, match=r"^ordinals: expected a shape that goes with samples, \[2\], got"):
+        row_keys(1, torch.arange(2), torch.arange(3))
+    with pytest.raises(ValueError, match=r"^ordinals: expected a tensor on cpu, got one on meta"):
+        row_keys(1, torch.arange(2), torch.arange(2, device="meta"))
+    with pytest.raises(TypeError, match=r"^mask: expected bool \[samples, tokens\], got int64"):
+        real_tokens_first(torch.ones(2, 3, dtype=torch.int64))
+
+
 def test_bad_packing():
     layout = TokenLayout.from_attention_masks(2, [ONE])
     queries, text = torch.randn(2, 2, 4), torch.randn(2, 3, 4)
@@ -171,6 +189,18 @@ def test_bad_packing():
         layout.pack(queries)
     with pytest.raises(ValueError, match=r"queries: expected \[2, 2, channels\], got float32 \[2, 1, 4\]"):
         layout.pack(queries[:, :1], [text])
+    with pytest.raises(TypeError, match="texts: expected a sequence, one entry a text segment, got int 5"):
+        layout.pack(queries, 5)
+    with pytest.raises(ValueError, match="queries: expected a tensor on cpu, got one on meta"):
+        layout.pack(queries.to("meta"), [text])
+    with pytest.raises(ValueError, match=r"texts\[0\]: expected a tensor on cpu, got one on meta"):
+        layout.pack(queries, [text.to("meta")])
+    with pytest.raises(ValueError, match="rows: expected a tensor on cpu, got one on meta"):
+        layout.unpack_text(torch.zeros(layout.rows, 4, device="meta"))
+    with pytest.raises(TypeError, match="texts: expected a sequence, one entry a text segment, got int 5"):
+        layout.select(texts=5)
+    with pytest.raises(TypeError, match="queries: expected a bool, got str 'yes'"):
+        layout.select(queries="yes")
     with pytest.raises(TypeError, match="queries: expected a tensor"):
         layout.pack(None, [text])
     with pytest.raises(ValueError, match=r"texts\[0\]: expected float32 \[2, 3, 4\]"):
@@ -220,7 +250,7 @@ BAD_CALLS = [
         TypeError,
         "padded: expected a bool, got str 'yes'",
     ),
-    (lambda: PACKED.select(texts="first"), TypeError, "texts: expected one choice a text segment, got str"),
+    (lambda: PACKED.select(texts="first"), TypeError, "texts: expected a sequence, one entry a text"),
     (lambda: PACKED.first_rows(3), ValueError, "segment: expected an int in [0, 0], got 3"),
     (lambda: PACKED.text_start(7), ValueError, "segment: expected an int in [0, 0], got 7"),
     (lambda: PACKED.unpack_text(torch.zeros(10, 4), 1), ValueError, "segment: expected an int in [0, 0]"),

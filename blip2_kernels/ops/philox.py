@@ -22,7 +22,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import FLOATING, check_int, check_probability, check_tensor, describe, values_are_free
+from ..checks import (
+    FLOATING,
+    check_device,
+    check_int,
+    check_probability,
+    check_tensor,
+    describe,
+    values_are_free,
+)
 
 LANES = 8
 LEVELS = 1 << 16
@@ -55,10 +63,17 @@ def draw_key(device: torch.device | str | None = None, generator: torch.Generato
     """Draw the Philox key of a step: int64 [], from `generator` or torch's default one for the device.
 
     Raises:
-        TypeError: `generator` is none.
+        TypeError: `device` is none, or `generator` is none.
+        ValueError: a device that is not here, or a generator of another one.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
+    if device is not None:
+        device = check_device("device", device)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
+        place = torch.empty(0, device=device).device
+        if generator.device.type != place.type:
+            raise ValueError(f"generator: expected one of {place}, got one of {generator.device}")
     return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device, generator=generator)
 
 

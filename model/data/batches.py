@@ -1,11 +1,13 @@
 """Which samples make a batch, and how batches reach the ranks and the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from blip2_kernels.checks import check_bool, check_int, describe
 
 
 class ShuffledBatches:
@@ -18,12 +20,15 @@ class ShuffledBatches:
         drop_last: leaves out the incomplete last batch, so that every contrastive batch has the same size.
 
     Raises:
-        ValueError: not one full batch (with `drop_last`), or a length or size below 1.
+        TypeError, ValueError: not one full batch (with `drop_last`), or a length, size or seed of the wrong
+            kind or value.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int = 0, drop_last: bool = True) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check_int("batch_size", batch_size, 1)
+        check_int("length", length, 0)
+        check_int("seed", seed, 0)
+        check_bool("drop_last", drop_last)
         if length < (batch_size if drop_last else 1):
             raise ValueError(
                 f"dataset: expected at least one batch of {batch_size} samples, got {length} samples"
@@ -60,6 +65,8 @@ class RankBatches:
         mine = None
         for number, batch in enumerate(self.batches):
             if number % self.ranks == self.rank:
+                if isinstance(batch, str) or not isinstance(batch, Iterable):
+                    raise TypeError(f"batch_sampler: expected lists of indices, got {describe(batch)}")
                 mine = list(batch)
             if number % self.ranks == self.ranks - 1:
                 yield mine or []
@@ -79,6 +86,11 @@ class DeviceLoader(DataLoader):
 
     def __iter__(self) -> Any:
         for batch in super().__iter__():
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    "collate: expected a function that returns a mapping of the model's arguments, got "
+                    f"{describe(batch)}"
+                )
             yield {
                 name: value.to(self.target, non_blocking=True) if isinstance(value, Tensor) else value
                 for name, value in batch.items()

@@ -6,19 +6,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_int
+from blip2_kernels.checks import check_bool, check_int, check_tensor, describe
 
 PICTURES = ("pixel_values", "image_features")
 
 
 def _pictures(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The stacked `pixel_values` or `image_features` of the samples."""
+    """The stacked `pixel_values` or `image_features` of the samples, which have captions too."""
+    if not isinstance(samples, Sequence) or not all(isinstance(sample, Mapping) for sample in samples):
+        raise TypeError(f"samples: expected a list of mappings, got {describe(samples)}")
     if not samples:
         raise ValueError("samples: expected at least one, got none")
     names = [name for name in PICTURES if name in samples[0]]
     if len(names) != 1:
         raise ValueError(f"samples: expected one of {PICTURES}, got {sorted(samples[0])}")
-    return {names[0]: torch.stack([sample[names[0]] for sample in samples])}
+    name = names[0]
+    pictures: list[Tensor] = []
+    for number, sample in enumerate(samples):
+        first = pictures[0] if pictures else sample.get(name)
+        shape = first.shape if isinstance(first, Tensor) else ["..."]
+        pictures.append(check_tensor(f"samples[{number}][{name!r}]", sample.get(name), shape))
+        if not isinstance(sample.get("caption"), str):
+            got = describe(sample.get("caption"))
+            raise TypeError(f"samples[{number}]['caption']: expected a str, got {got}")
+    return {name: torch.stack(pictures)}
+
+
+def _check_tokenizer(tokenizer: Any, needed: str, words: str) -> None:
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: expected one of transformers, got {describe(tokenizer)}")
+    if getattr(tokenizer, needed, None) is None:
+        raise ValueError(f"tokenizer: expected one with {words} token, got none")
 
 
 def _pad(rows: Sequence[Sequence[int]], filler: int, length: int | None) -> tuple[Tensor, Tensor]:
@@ -47,7 +65,9 @@ class CaptionCollator:
     `pixel_values` or `image_features` stacked.
 
     Raises:
-        ValueError: a length below 2, another word for padding, a text without a single token of its own.
+        TypeError, ValueError: an argument of the wrong kind, a length below 2, another word for padding;
+            samples without pictures of one shape or without a caption, a text without a single token of its
+            own.
     """
 
     def __init__(
@@ -56,8 +76,8 @@ class CaptionCollator:
         check_int("max_text_length", max_text_length, 2)
         if padding not in ("longest", "max_length"):
             raise ValueError(f"padding: expected 'longest' or 'max_length', got {padding!r}")
-        if tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: expected one with a padding token, got none")
+        _check_tokenizer(tokenizer, "pad_token_id", "a padding")
+        check_bool("extras", extras)
         self.tokenizer, self.max_text_length = tokenizer, max_text_length
         self.padding, self.extras = padding, extras
 
@@ -96,6 +116,9 @@ class GenerationCollator:
 
     Returns (when called): `input_ids`, `attention_mask` int64 [B, T] padded on the right, `prompt_lengths`
     int64 [B], and `pixel_values` or `image_features` stacked.
+
+    Raises:
+        TypeError, ValueError: as :class:`CaptionCollator`.
     """
 
     def __init__(
@@ -108,8 +131,11 @@ class GenerationCollator:
         extras: bool = False,
     ) -> None:
         check_int("max_text_length", max_text_length, 2)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer: expected one with an end-of-sequence token, got none")
+        _check_tokenizer(tokenizer, "eos_token_id", "an end-of-sequence")
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a str, got {describe(prompt)}")
+        check_bool("encoder_decoder", encoder_decoder)
+        check_bool("extras", extras)
         self.tokenizer, self.prompt = tokenizer, prompt.strip()
         self.max_text_length, self.extras = max_text_length, extras
         self.filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -127,6 +153,7 @@ class GenerationCollator:
 
     def prompt_ids(self, batch_size: int) -> Tensor:
         """`input_ids` int64 [batch_size, tokens of the prompt] for `generate`."""
+        check_int("batch_size", batch_size, 1)
         return torch.tensor([self.prompt_row] * batch_size, dtype=torch.int64).reshape(batch_size, -1)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

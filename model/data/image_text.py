@@ -7,6 +7,7 @@ run), and which image that is depends on the files alone, not on workers or on w
 
 import logging
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from blip2_kernels.checks import check_bool, check_finite, check_function, check_int, describe
+
+from ..feature_cache import FeatureCache
 from ..images import open_image
 from .manifest import Manifest
 
@@ -39,6 +43,12 @@ class RandomResizedCrop:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = False,
     ) -> None:
+        for name, pair in (("scale", scale), ("ratio", ratio)):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(f"{name}: expected two numbers (low, high), got {pair!r}")
+            for number in pair:
+                check_finite(name, number)
+        check_bool("flip", flip)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
         if not 0 < ratio[0] <= ratio[1]:
@@ -88,21 +98,24 @@ class ImageTextDataset(Dataset):
         manifest: Manifest,
         *,
         preprocess: Callable[[Any], Tensor] | None = None,
-        feature_cache: Any = None,
+        feature_cache: FeatureCache | None = None,
         captions: str = "each",
         augment: Callable[[Any, random.Random], Any] | None = None,
         seed: int = 0,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> None:
         if not isinstance(manifest, Manifest):
-            raise TypeError(
-                f"manifest: expected a Manifest (see read_manifest), got {type(manifest).__name__}"
-            )
+            raise TypeError(f"manifest: expected a Manifest (see read_manifest), got {describe(manifest)}")
         if (preprocess is None) == (feature_cache is None):
             got = "neither" if preprocess is None else "both"
             raise ValueError(f"preprocess, feature_cache: expected exactly one of them, got {got}")
         if captions not in ("each", "random"):
             raise ValueError(f"captions: expected 'each' or 'random', got {captions!r}")
+        for name, function in (("preprocess", preprocess), ("augment", augment), ("progress", progress)):
+            check_function(name, function)
+        if feature_cache is not None and not isinstance(feature_cache, FeatureCache):
+            raise TypeError(f"feature_cache: expected a FeatureCache or None, got {describe(feature_cache)}")
+        check_int("seed", seed, 0)
         if augment is not None and preprocess is None:
             raise ValueError("augment: expected None with a feature_cache, whose features are fixed")
         self.manifest, self.preprocess, self.feature_cache = manifest, preprocess, feature_cache
@@ -122,10 +135,11 @@ class ImageTextDataset(Dataset):
         return len(self._by_image) or len(self.manifest.pairs)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch = check_int("epoch", epoch, 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         length = len(self)
+        check_int("index", index, -sys.maxsize)
         if not -length <= index < length:
             raise IndexError(f"index: expected a value in [{-length}, {length}), got {index}")
         index %= length

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blip2_kernels.checks import check_bool, describe
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SHOWN_FAULTS = 5
 
@@ -70,11 +72,19 @@ def read_manifest(
         on_fault: `"raise"`, or `"skip"` to leave faulty entries out and list them in `faults`.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         FileNotFoundError: no such manifest.
         ValueError: malformed lines, missing fields, empty captions, missing files: how many there are, and
         the
             first few with their line numbers; or nothing usable at all.
     """
+    for name, value in (("path", path), ("image_root", path if image_root is None else image_root)):
+        if not isinstance(value, str | Path):
+            raise TypeError(f"{name}: expected a path, got {describe(value)}")
+    for name, value in (("image_key", image_key), ("caption_key", caption_key)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}: expected a str, got {describe(value)}")
+    check_bool("check_files", check_files)
     path = Path(path)
     if on_fault not in ("raise", "skip"):
         raise ValueError(f"on_fault: expected 'raise' or 'skip', got {on_fault!r}")

@@ -87,15 +87,24 @@ def contrastive_scores(model: Any, features: Tensor, texts: Texts, batch_size: i
 
 
 @torch.no_grad()
-def query_spread(model: Any, features: Tensor, batch_size: int = 64) -> float:
-    """How different the queries are that read one picture: of the variance of their final hidden states over
-    pictures, the share that lies between queries of the same picture. 0 if all of them say the same.
+def query_hidden(model: Any, features: Tensor, batch_size: int = 64) -> Tensor:
+    """What the queries read from pictures, [n, Q, C] in fp32, of features [n, tokens, width]."""
+    return torch.cat([model.encode_image(image_features=part).float() for part in features.split(batch_size)])
+
+
+def query_spread(hidden: Tensor) -> Tensor:
+    """How different the queries are that read one picture, [] in fp32.
+
+    Args:
+        hidden: [n, Q, C], what the queries of n pictures end as.
+
+    Returns:
+        Of the variance over pictures, the share that lies between queries of the same picture. 0 if all of
+        them say the same.
     """
-    rows = [model.encode_image(image_features=part).float() for part in features.split(batch_size)]
-    hidden = torch.cat(rows)
-    hidden = hidden - hidden.mean(0)
+    hidden = hidden.float() - hidden.float().mean(0)
     within = hidden - hidden.mean(1, keepdim=True)
-    return (within.square().sum() / hidden.square().sum()).item()
+    return within.square().sum() / hidden.square().sum()
 
 
 def matching_accuracy(positive: Tensor, negative: Tensor) -> float:
@@ -130,7 +139,7 @@ def stage1_metrics(
     itc = contrastive_scores(model, features, texts)
     result: dict[str, Any] = {
         "retrieval": {"itc": retrieval(itc), "chance": chance_retrieval(n)},
-        "query_spread": query_spread(model, features),
+        "query_spread": query_spread(query_hidden(model, features)).item(),
     }
 
     pairs = torch.zeros_like(itc, dtype=torch.bool)

@@ -190,7 +190,7 @@ def _stages(plan: recipe.Recipe, seed: int, cache: Path, progress: bool) -> Iter
     nouns = [scene.nouns for scene in splits.train]
     sampler: Any = TwinBatches(splits.twins, nouns, BATCH, seed)
     batches = told_batches(dataset, sampler, Stage1Collate(tokenizer), seed, device)
-    yield Stage("stage 1", models, batches, recipe.stage1_rates(start, plan))
+    yield Stage("stage 1", models, batches, recipe.stage1_rates(plan))
 
     language_model, tokenizer = assets.load_language_model(cache, torch.float32)
     stage1 = models[PLAIN].eval()

@@ -56,12 +56,17 @@ def test_query_spread_is_the_share_within_pictures(common, own, spread):
     single -= single.mean(1, keepdim=True)
     single *= (4 / 3) ** 0.5  # the mean over the queries took a quarter of the variance
     hidden = 5.0 + common * shared + own * single
+    assert evaluation.query_spread(hidden).item() == pytest.approx(spread, abs=0.03)
 
+
+def test_query_hidden_is_what_all_pictures_give():
     class Model:
         def encode_image(self, image_features):
-            return hidden[image_features]
+            assert len(image_features) <= 7
+            return image_features[:, :3] * 2
 
-    assert evaluation.query_spread(Model(), torch.arange(600)) == pytest.approx(spread, abs=0.03)
+    features = torch.randn(20, 5, 4)
+    assert torch.equal(evaluation.query_hidden(Model(), features, batch_size=7), features[:, :3] * 2)
 
 
 def test_hardest_other_is_never_the_own_text():

@@ -12,7 +12,7 @@ from torch import nn
 from blip2_kernels.mask import MaskMode
 from blip2_kernels.model import vision
 from blip2_kernels.model.checkpoints import latest_checkpoint
-from blip2_kernels.model.demo import assets, paths, pipeline, recipe
+from blip2_kernels.model.demo import assets, evaluation, paths, pipeline, recipe
 from blip2_kernels.model.demo.batches import PROMPT, SceneDataset, Stage1Collate, Stage2Collate
 from blip2_kernels.model.demo.scenes import make_splits
 from blip2_kernels.model.images import ImagePreprocessing
@@ -282,7 +282,38 @@ class Contrast(torch.nn.Module):
         self.asked.append(losses)
         scores = torch.eye(20)
         scores[round(20 * share) :] = scores[round(20 * share) :].roll(1, dims=1)
-        return SimpleNamespace(sim_i2t=scores)
+        return SimpleNamespace(sim_i2t=scores, loss=torch.zeros(()), query_hidden=torch.randn(20, 3, 4))
+
+
+@pytest.mark.parametrize("alike", [1.0, 1e-4, 0.0])
+def test_queries_that_become_one_are_driven_apart(alike):
+    """However little is left of their differences, a step along the slope makes it more."""
+    generator = torch.Generator().manual_seed(0)
+    shared, own = (torch.randn(8, n, 6, generator=generator) for n in (1, 4))
+    hidden = (shared + 0.3 * alike * own).requires_grad_()
+    before, loss = evaluation.query_spread(hidden.detach()), recipe.queries_apart(hidden)
+    assert before < recipe.LEAST_SPREAD and 0 < loss <= recipe.LEAST_SPREAD**0.5
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.isfinite().all()
+    if alike:
+        assert evaluation.query_spread(hidden.detach() - 0.1 * gradient / gradient.norm()) > before
+
+
+def test_queries_that_differ_are_left_alone():
+    hidden = torch.randn(8, 4, 6).requires_grad_()
+    (gradient,) = torch.autograd.grad(recipe.queries_apart(hidden), hidden)
+    assert recipe.queries_apart(hidden) == 0 and not gradient.any()
+
+
+def test_the_steps_of_stage_1_hold_the_queries_apart():
+    class Alike(Contrast):
+        def forward(self, losses):
+            return SimpleNamespace(**vars(super().forward(losses)) | {"query_hidden": self.hidden})
+
+    model, steps = Alike([1.0]), recipe.ContrastFirst(300)
+    model.hidden = torch.randn(20, 1, 4).expand(-1, 3, -1)
+    for step in range(40):  # on ITC alone, and with the others in turn
+        assert steps(model, {}, step).loss == pytest.approx(recipe.LEAST_SPREAD**0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,26 @@ REFUSED = {
     "prompt ids": ({"prompt_ids": torch.tensor([[999]])}, ValueError, r"^prompt_ids: .* got 999"),
     "prompt mask": ({"prompt_mask": torch.ones(3, 1)}, ValueError, "prompt_mask: expected prompt_ids"),
     "sampling": ({"temperature": 0.5}, ValueError, "^temperature: expected None without do_sample=True"),
+    "no temperature": (
+        {"temperature": 0.0, "do_sample": True},
+        ValueError,
+        "^temperature: expected a finite number > 0, got 0",
+    ),
+    "top_p": (
+        {"top_p": 1.5, "do_sample": True},
+        ValueError,
+        "^top_p: expected a finite number > 0 and <= 1, got 1.5",
+    ),
+    "penalty": ({"repetition_penalty": float("nan")}, ValueError, "^repetition_penalty: .* > 0, got nan"),
+    "sampled": ({"do_sample": "yes"}, TypeError, "^do_sample: expected a bool, got str 'yes'"),
+    "shortest": (
+        {"min_new_tokens": 9, "max_new_tokens": 3},
+        ValueError,
+        "^min_new_tokens: expected at most max_new_tokens, 3, got 9",
+    ),
+    "seed": ({"seed": -1}, ValueError, "^seed: expected an int >= 0, got -1"),
+    "ours": ({"past_key_values": 5}, TypeError, "^past_key_values: expected image and prompt as named"),
+    "streamer": ({"streamer": print}, TypeError, "^streamer: expected a streamer with put and end"),
     "typo": ({"top_pp": 0.3}, ValueError, "top_pp"),
 }
 

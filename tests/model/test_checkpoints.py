@@ -384,5 +384,5 @@ def test_latest_checkpoint_counts_by_number_and_ignores_what_is_incomplete(tmp_p
 
 def test_no_device_is_named(tmp_path):
     save_checkpoint(tmp_path / "a", {"x": torch.ones(1)}, config={})
-    with pytest.raises(ValueError, match=r"^device: expected a torch device, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"^device: expected a torch.device or its name, got 'gpu'"):
         load_checkpoint(tmp_path / "a", device="gpu")

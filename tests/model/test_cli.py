@@ -35,13 +35,20 @@ from transformers import (  # noqa: E402
 from blip2_kernels.mask import MaskMode  # noqa: E402
 from blip2_kernels.model import cli  # noqa: E402
 from blip2_kernels.model.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
-from blip2_kernels.model.from_bert import LAYER_NAMES, read_bert, start_from_bert  # noqa: E402
+from blip2_kernels.model.from_bert import (  # noqa: E402
+    LAYER_NAMES,
+    read_bert,
+    read_bert_config,
+    start_from_bert,
+)
 from blip2_kernels.model.pipeline import (  # noqa: E402
     build_stage1,
+    caption_images,
     load_language_model,
     load_tokenizer,
     load_trained,
     load_vision,
+    retrieval_scores,
 )
 from blip2_kernels.model.training_state import read_history  # noqa: E402
 
@@ -231,6 +238,14 @@ BOTH = ONE + "--vision {parts}/vision --bert {parts}/bert "
         (ONE + "--vision {parts}/vision --bert {parts}/opt", "bert: expected a config of model_type 'bert'"),
         (BOTH + "--steps 1 --batch-size 5", "dataset: expected at least one batch of 5 samples, got 4"),
         (BOTH + "--steps 1 --epochs 2", "steps, epochs: expected one of them"),
+        (BOTH + "--qformer-config {tmp}", "Is a directory"),
+        (BOTH + "--qformer-config {parts}/red.png", "qformer_config: expected JSON in"),
+        (BOTH + "--cache-dir {parts}/red.png", "directory: expected a folder, got"),
+        (BOTH + "--steps 1 --output {parts}/red.png/x", "output_dir: expected a folder, got"),
+        (BOTH + "--epochs nan", "epochs: expected a finite number > 0, got nan"),
+        (BOTH + "--epochs -1", "epochs: expected a finite number > 0, got -1"),
+        ("demo --output {parts}/red.png/x", "output: expected a folder, got"),
+        ("demo --output {tmp} --cache-dir {parts}/red.png", "cache_dir: expected a folder, got"),
         (BOTH + "--device tpu", "device: expected cpu or cuda, got 'tpu'"),
         (
             "train stage2 {parts}/manifest.jsonl -o {tmp} --stage1 {tmp} --language-model {parts}/opt",
@@ -424,8 +439,80 @@ def test_a_checkpoint_is_refused_when_what_is_around_it_changed(stage1, parts, t
         load_trained(tmp_path / "b")
     missing = dict(list(checkpoint.state.items())[1:])
     save_checkpoint(tmp_path / "c", missing, config=checkpoint.config)
-    with pytest.raises(ValueError, match="does not fit the trainable parameters: missing"):
+    with pytest.raises(ValueError, match="does not fit this model: missing"):
         load_trained(tmp_path / "c")
+
+
+def test_a_stage_2_checkpoint_refuses_another_language_model(stage1, parts, tmp_path, capsys):
+    shutil.copytree(parts / "opt", tmp_path / "opt")
+    run(
+        "train", "stage2", parts / "manifest.jsonl", "-o", tmp_path / "run", "--stage1", stage1,
+        "--language-model", tmp_path / "opt", "--steps", 1, *TRAIN, capsys=capsys,
+    )  # fmt: skip
+    image = parts / "red.png"
+    ask = ("caption", tmp_path / "run", image, "--device", "cpu", "--max-new-tokens", 2)
+    run(*ask, capsys=capsys)
+    state = load_file(tmp_path / "opt" / "model.safetensors")
+    name = next(key for key in state if key.endswith("fc1.weight"))
+    state[name] = state[name] + 1
+    save_file(state, tmp_path / "opt" / "model.safetensors", metadata={"format": "pt"})
+    _, err = run(*ask, code=1, capsys=capsys)
+    assert "language_model: expected that of the training, OPTForCausalLM of " in err and ", got OPT" in err
+
+
+LOADERS = {
+    "vision": lambda parts: load_vision({"name": parts / "vision"}),
+    "tokenizer": lambda parts: load_tokenizer(parts / "opt"),
+    "language model": lambda parts: load_language_model(parts / "opt"),
+    "bert": lambda parts: (read_bert_config(parts / "bert"), read_bert(parts / "bert")),
+}
+WIDE = '{"model_type": "opt", "hidden_size": "wide"}'
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "content"),
+    [
+        ("vision", "vision/config.json", "{"),
+        ("vision", "vision/config.json", '{"model_type": "nobody"}'),
+        ("vision", "vision/preprocessor_config.json", '{"size": "big"}'),
+        ("vision", "vision/model.safetensors", "cut"),
+        ("tokenizer", "opt/tokenizer.json", "[]"),
+        ("language model", "opt/config.json", "[]"),
+        ("language model", "opt/config.json", WIDE),
+        ("language model", "opt/model.safetensors", ""),
+        ("bert", "bert/config.json", '{"model_type": "bert"}'),
+        ("bert", "bert/model.safetensors", "cut"),
+    ],
+)
+def test_a_file_of_a_model_folder_that_cannot_be_read_is_named(parts, tmp_path, part, file, content):
+    load = LOADERS[part]
+    shutil.copytree(parts, tmp_path / "parts")
+    load(tmp_path / "parts")
+    (tmp_path / "parts" / file).write_text(content)
+    with pytest.raises((TypeError, ValueError), match=f"^{part}: ") as caught:
+        load(tmp_path / "parts")
+    assert str((tmp_path / "parts" / file).parent) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: load_vision("vit"), TypeError, "vision: expected a mapping with a name, got str 'vit'"),
+        (lambda: load_vision({"layer": 2}), TypeError, r"vision: expected a mapping with a name, got \['lay"),
+        (lambda: load_tokenizer(5), TypeError, "tokenizer: expected a path, got int 5"),
+        (lambda: load_language_model(5), TypeError, "language model: expected a path, got int 5"),
+        (lambda: load_language_model("x", dtype="bf16"), TypeError, "dtype: expected a floating torch.dtype"),
+        (lambda: load_trained("x", device="gpu"), ValueError, "device: expected a torch.device .* 'gpu'"),
+        (lambda: load_trained("x", device=0), TypeError, "device: expected a torch.device .* got int 0"),
+        (lambda: load_trained(None), TypeError, "checkpoint: expected a path, got NoneType"),
+        (lambda: build_stage1("vit", None), TypeError, "vision: expected a FrozenVisionEncoder, got str"),
+        (lambda: caption_images("run", []), TypeError, "trained: expected what load_trained returns"),
+        (lambda: retrieval_scores(None, None, None), TypeError, "model: expected a Blip2ForPreTraining"),
+    ],
+)
+def test_bad_arguments_of_the_loaders_are_named(call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call()
 
 
 def load_opt(folder: Path):

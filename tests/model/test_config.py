@@ -4,9 +4,13 @@ import json
 
 import pytest
 from pretraining_cases import VOCABULARY, small_config
+from torch import nn
 from transformers import Blip2Config, Blip2QFormerConfig, InstructBlipQFormerConfig
 
 from blip2_kernels.model.config import Blip2PreTrainingConfig
+from blip2_kernels.model.generation_config import Blip2GenerationConfig
+from blip2_kernels.model.qformer import LMHead, QFormerModel, TextEmbeddings
+from blip2_kernels.model.qformer_init import copy_text_feed_forward_to_query, init_bert_weights
 
 QFORMER = {"vocab_size": 30523, "use_qformer_text_input": True}
 
@@ -48,7 +52,7 @@ def test_a_transformers_config_gives_qformer_queries_and_width():
         ({"sep_token_id": VOCABULARY}, ValueError, r"sep_token_id: .*\[0, 36\], got 37"),
         ({"sep_token_id": 1}, ValueError, r"expected distinct tokens, got \[0, 1, 1, 36\]"),
         ({"pad_token_id": 5}, ValueError, "pad_token_id: expected qformer's 0, got 5"),
-        ({"temperature": 0}, ValueError, "temperature: expected a number > 0, got 0"),
+        ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
         ({"label_smoothing": 1.0}, ValueError, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
         ({"label_smoothing": "no"}, TypeError, "label_smoothing: expected a number"),
         ({"lm_normalisation": "token"}, ValueError, "lm_normalisation: expected one of 'rank', 'global'"),
@@ -79,3 +83,44 @@ def test_mixed_stages_and_unknown_fields_are_refused():
         Blip2PreTrainingConfig.from_blip2_config(Blip2QFormerConfig(**QFORMER))
     with pytest.raises(ValueError, match="got queries"):
         Blip2PreTrainingConfig.from_blip2_config(Blip2Config(qformer_config=QFORMER), queries=3)
+
+
+@pytest.mark.parametrize("config_class", [Blip2PreTrainingConfig, Blip2GenerationConfig])
+@pytest.mark.parametrize("fields", [{"hidden_size": "wide"}, {"vocab_size": float("nan")}])
+def test_a_stored_q_former_with_fields_of_the_wrong_kind_is_refused(config_class, fields):
+    name = next(iter(fields))
+    with pytest.raises(ValueError, match=f"^qformer: expected fields of Blip2QFormerConfig: .*{name}"):
+        config_class.from_dict({"qformer": fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 0}, "config.hidden_size: expected an int >= 1, got 0"),
+        ({"num_hidden_layers": -1}, "config.num_hidden_layers: expected an int >= 1, got -1"),
+        ({"encoder_hidden_size": -3}, "config.encoder_hidden_size: expected an int >= 1, got -3"),
+        ({"layer_norm_eps": float("nan")}, "config.layer_norm_eps: expected a finite number >= 0, got nan"),
+        ({"hidden_dropout_prob": 1.5}, "config.hidden_dropout_prob: expected a number in .*, got 1.5"),
+        ({"attention_probs_dropout_prob": -1.0}, "config.attention_probs_dropout_prob: expected a number"),
+    ],
+)
+def test_a_q_former_of_sizes_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        QFormerModel(Blip2QFormerConfig(**{**QFORMER, **fields}))
+
+
+@pytest.mark.parametrize("part", [TextEmbeddings, LMHead])
+def test_text_parts_refuse_what_is_no_config_or_has_no_words(part):
+    with pytest.raises(TypeError, match=r"^config: expected Blip2QFormerConfig or Instruct.*, got dict"):
+        part({})
+    with pytest.raises(ValueError, match=r"^config\.vocab_size: expected an int >= 1, got 0"):
+        part(Blip2QFormerConfig(vocab_size=0))
+
+
+def test_initialisation_refuses_what_it_cannot_start():
+    with pytest.raises(TypeError, match=r"^module: expected a torch\.nn\.Module, got int 5"):
+        init_bert_weights(5)
+    with pytest.raises(ValueError, match=r"^initializer_range: expected a finite number >= 0, got nan"):
+        init_bert_weights(nn.Linear(1, 1), float("nan"))
+    with pytest.raises(TypeError, match=r"^qformer: expected a QFormerModel, got Linear"):
+        copy_text_feed_forward_to_query(nn.Linear(1, 1))

@@ -168,6 +168,14 @@ def test_refuses_folders_without_captions_and_what_is_not_there(tmp_path):
         ValueError, match=r"a\.png: no captions beside it \(a\.txt\); b\.png: b\.txt is empty"
     ):
         read_manifest(tmp_path)
+    for arguments, message in (
+        ({"path": 5}, "path: expected a path, got int 5"),
+        ({"path": tmp_path, "image_root": 5}, "image_root: expected a path, got int 5"),
+        ({"path": tmp_path, "image_key": 5}, "image_key: expected a str, got int 5"),
+        ({"path": tmp_path, "check_files": "no"}, "check_files: expected a bool, got str 'no'"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            read_manifest(**arguments)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         read_manifest(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="on_fault: expected 'raise' or 'skip'"):
@@ -374,6 +382,15 @@ def test_dataset_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ImageTextDataset(manifest, **arguments)
+    for arguments, message in (
+        ({"preprocess": 5}, "preprocess: expected a function or None, got int 5"),
+        ({"preprocess": preprocess, "augment": 5}, "augment: expected a function or None, got int 5"),
+        ({"preprocess": preprocess, "progress": True}, "progress: expected a function or None, got bool"),
+        ({"preprocess": preprocess, "seed": "a"}, "seed: expected an int >= 0, got str 'a'"),
+        ({"feature_cache": "cache"}, "feature_cache: expected a FeatureCache or None, got str 'cache'"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            ImageTextDataset(manifest, **arguments)
     with pytest.raises(TypeError, match="manifest: expected a Manifest"):
         ImageTextDataset([("a.png", "x")], preprocess=preprocess)
     assert set(data_package.__all__) <= set(dir(data_package))
@@ -429,9 +446,28 @@ def test_collators_refuse():
         CaptionCollator(words, 1)
     with pytest.raises(ValueError, match="padding: expected 'longest' or 'max_length', got 'max'"):
         CaptionCollator(words, padding="max")
+    for collator in (CaptionCollator, GenerationCollator):
+        with pytest.raises(TypeError, match="tokenizer: expected one of transformers, got str 'bert'"):
+            collator("bert")
+        with pytest.raises(TypeError, match="extras: expected a bool, got int 1"):
+            collator(words, extras=1)
+    with pytest.raises(TypeError, match="prompt: expected a str, got NoneType"):
+        GenerationCollator(words, prompt=None)
+    with pytest.raises(ValueError, match="batch_size: expected an int >= 1, got -1"):
+        GenerationCollator(words).prompt_ids(-1)
     for collator in (CaptionCollator(words), GenerationCollator(words)):
         with pytest.raises(ValueError, match="samples: expected at least one"):
             collator([])
+        for wrong, message in (
+            (5, "samples: expected a list of mappings, got int 5"),
+            ([5], "samples: expected a list of mappings, got list"),
+            ([{"pixel_values": 5, "caption": "a"}], r"samples\[0\]\['pixel_values'\]: expected a tensor"),
+            ([{"pixel_values": torch.zeros(1)}], r"samples\[0\]\['caption'\]: expected a str, got NoneType"),
+        ):
+            with pytest.raises(TypeError, match=f"^{message}"):
+                collator(wrong)
+        with pytest.raises(ValueError, match=r"^samples\[1\]\['pixel_values'\]: expected \[1\], got .*\[2\]"):
+            collator([{"pixel_values": torch.zeros(size), "caption": "a cat"} for size in (1, 2)])
         with pytest.raises(ValueError, match="caption: expected a text"):
             collator(samples("a cat", " "))
         with pytest.raises(ValueError, match="samples: expected one of"):

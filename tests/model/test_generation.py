@@ -29,6 +29,7 @@ from transformers import InstructBlipForConditionalGeneration as TransformersIns
 
 from blip2_kernels.model import supervised_rows
 from blip2_kernels.model.config import Blip2PreTrainingConfig
+from blip2_kernels.model.generate_options import check_generate_options
 from blip2_kernels.model.generation import Blip2ForConditionalGeneration, Blip2GenerationConfig
 from blip2_kernels.model.pretraining import Blip2ForPreTraining
 from blip2_kernels.model.vision import FrozenVisionEncoder
@@ -950,6 +951,51 @@ def test_generate_refuses(arguments, error, message):
         stage2("opt").generate(**arguments)
 
 
+NAN = float("nan")
+OPTIONS_OUT_OF_RANGE = {
+    "temperature": (0.0, -1.0, NAN, "hot"),
+    "top_p": (0.0, 1.5, NAN),
+    "top_k": (-1, 1.5),
+    "min_p": (-0.1, NAN),
+    "repetition_penalty": (0.0, -1.0, NAN, "a"),
+    "length_penalty": (NAN, "a"),
+    "num_beams": (0, 2.5, True),
+    "num_return_sequences": (0,),
+    "max_new_tokens": (0, 2.5, NAN),
+    "min_new_tokens": (-1,),
+    "do_sample": ("yes", 1),
+    "use_cache": (3,),
+    "early_stopping": (7,),
+    "eos_token_id": ("a", [1, "b"]),
+    "generation_config": ({"max_new_tokens": 3}, 5),
+    "streamer": (5, print),
+    "logits_processor": (5, [5]),
+    "stopping_criteria": (5,),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS_OUT_OF_RANGE)
+def test_options_of_generate_are_named_before_anything_runs(name):
+    sampling = {"do_sample": True} if name in ("temperature", "top_p", "top_k", "min_p") else {}
+    for value in OPTIONS_OUT_OF_RANGE[name]:
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .*, got "):
+            check_generate_options({**sampling, name: value})
+    model = stage2("opt")
+    model.qformer.forward = None  # a call that reaches it fails otherwise
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+        model.generate(image_features=IMAGES, **{**sampling, name: value})
+
+
+def test_fields_of_a_generation_config_are_checked_as_options_are():
+    config = GenerationConfig(do_sample=True)
+    config.top_p = NAN
+    with pytest.raises(ValueError, match=r"^generation_config\.top_p: expected .* <= 1, got nan"):
+        check_generate_options({"generation_config": config})
+    check_generate_options({"generation_config": GenerationConfig(do_sample=True), "temperature": 0.5})
+    with pytest.raises(ValueError, match=r"^temperature: expected None without do_sample=True"):
+        check_generate_options({"temperature": 0.5}, GenerationConfig())
+
+
 def test_generate_fills_the_position_table_and_no_more():
     model = stage2("opt")
     options = dict(image_features=IMAGES, do_sample=False, eos_token_id=None, pad_token_id=1)
@@ -1019,7 +1065,7 @@ def test_constructors_refuse_what_is_of_another_stage_or_width():
         Blip2ForConditionalGeneration(
             Blip2GenerationConfig(Blip2QFormerConfig(**QFORMER)), language_model=lm, vision_model="vit"
         )
-    with pytest.raises(ValueError, match="vision_layer_norm_eps: expected a number > 0, got -1"):
+    with pytest.raises(ValueError, match="vision_layer_norm_eps: expected a finite number > 0, got -1"):
         Blip2GenerationConfig(Blip2QFormerConfig(**QFORMER), 4, -1)
     config = transformers_blip2("opt").config
     other = copy.deepcopy(LANGUAGE["llama"])

@@ -69,6 +69,9 @@ def test_decays_is_about_shape_and_name():
     assert not decays("query_tokens", nn.Parameter(torch.zeros(1, 2, 2)))
 
 
+RATES = {"learning_rate": 1.0, "weight_decay": 0.1}
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -84,6 +87,27 @@ def test_decays_is_about_shape_and_name():
             lambda: learning_rate_factor(0, 9, warmup_steps=3, schedule="cos"),
             ValueError,
             "^schedule: expected",
+        ),
+        (
+            lambda: learning_rate_factor(0, 9, schedule=lambda done, length: "fast"),
+            TypeError,
+            "^schedule: expected a function that returns a number, got str 'fast'",
+        ),
+        (lambda: parameter_groups(5, **RATES), TypeError, r"^model: expected a torch\.nn\.Module, got int 5"),
+        (
+            lambda: parameter_groups(nn.Linear(1, 1), **{**RATES, "learning_rate": -1.0}),
+            ValueError,
+            "^learning_rate: expected a finite number >= 0, got -1",
+        ),
+        (
+            lambda: parameter_groups(nn.Linear(1, 1), **{**RATES, "weight_decay": "a"}),
+            TypeError,
+            "^weight_decay: expected a finite number >= 0, got str 'a'",
+        ),
+        (
+            lambda: parameter_groups(nn.Linear(1, 1), weight_decay_filter=None, **RATES),
+            TypeError,
+            "^weight_decay_filter: expected a function, got NoneType",
         ),
     ],
 )

@@ -189,7 +189,7 @@ def test_permuting_the_batch_permutes_the_outputs(use_fused):
     after = model(**permuted, negatives=tuple(place[index[order]] for index in negatives))
     for name in ("loss", *(f"loss_{x}" for x in LOSSES)):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-12)
-    for name in ("image_embeds", "text_embeds"):
+    for name in ("query_hidden", "image_embeds", "text_embeds"):
         torch.testing.assert_close(after[name], before[name][order], rtol=0, atol=1e-12)
     for name in ("sim_i2t", "sim_t2i"):
         torch.testing.assert_close(after[name], before[name][order][:, order], rtol=0, atol=1e-12)
@@ -421,6 +421,26 @@ LENGTH = f"^input_ids: expected at most {POSITIONS} tokens .max_position_embeddi
 NO_KEY = r"^dropout_key: expected int64 \[\], got float32 \[\]"
 FLOAT_KEY = torch.tensor(1.0)
 BAD_CALLS = {
+    "features elsewhere": (
+        lambda m, b: m.get_image_features(b["image_features"].to("meta")),
+        ValueError,
+        "^image_features: expected a tensor on cpu, got one on meta",
+    ),
+    "text elsewhere": (
+        lambda m, b: m.get_text_features(b["input_ids"].to("meta")),
+        ValueError,
+        "^input_ids: expected a tensor on cpu, got one on meta",
+    ),
+    "hidden states elsewhere": (
+        lambda m, b: m.match(torch.zeros(1, 3, m.config.qformer.hidden_size, device="meta")),
+        ValueError,
+        "^multimodal_hidden: expected a tensor on cpu, got one on meta",
+    ),
+    "a switch that is none": (
+        lambda m, b: setattr(m, "use_fused", "yes"),
+        TypeError,
+        "^use_fused: expected a bool, got str 'yes'",
+    ),
     "text features, too long": (lambda m, b: m.get_text_features(TOO_LONG), ValueError, LENGTH),
     "text features, too long under a short mask": (
         lambda m, b: m.get_text_features(TOO_LONG, (torch.arange(17) < 5).long().expand(4, -1)),
@@ -506,6 +526,7 @@ def test_image_side_of_the_public_features():
     image = model.get_image_features(inputs["image_features"])
     assert image.shape == (4, QUERIES, 8)
     torch.testing.assert_close(output.image_embeds, image)
+    torch.testing.assert_close(output.query_hidden, model.encode_image(inputs["image_features"]))
     text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
     torch.testing.assert_close(output.text_embeds, text)
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(4, QUERIES))
@@ -543,5 +564,5 @@ def test_half_precision_is_as_near_the_truth_on_both_paths(mode):
         outputs[-1].loss.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     plain, fused = outputs
-    for name in ("image_embeds", "text_embeds", "itm_logits"):
+    for name in ("query_hidden", "image_embeds", "text_embeds", "itm_logits"):
         assert_yardstick(name, fused[name], plain[name], truth[name])

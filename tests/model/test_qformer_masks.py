@@ -22,9 +22,7 @@ from transformers import Blip2QFormerModel
 
 from blip2_kernels.layout import CAPTION_STREAM, QUERY_STREAM, padded_row_keys
 from blip2_kernels.mask import MaskMode
-from blip2_kernels.model.qformer import (
-    QFormerCache,
-)
+from blip2_kernels.model.qformer import QFormerCache, dense_attention_mask
 
 # By mode: does a text token reach the queries, earlier text, later text?
 REACHES = {
@@ -411,3 +409,20 @@ class TestPathsAgree:
         randomise(twin, seed=9)
         assert torch.equal(model(query_tokens, encoder_hidden_states=images).last_hidden_state, fused)
         assert not torch.equal(twin(query_tokens, encoder_hidden_states=images).last_hidden_state, fused)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mode": "causal"}, TypeError, "mode: expected a MaskMode, got str 'causal'"),
+        ({"num_queries": -1}, ValueError, "num_queries: expected an int >= 0, got -1"),
+        ({"past": None}, TypeError, "past: expected an int >= 0, got NoneType"),
+        ({"length": 2.0}, TypeError, r"length: expected an int >= 0, got float 2\.0"),
+        ({"device": "gpu"}, ValueError, "device: expected a torch.device or its name, got 'gpu'"),
+    ],
+)
+def test_a_dense_mask_of_nothing_that_is_one_is_refused(change, error, message):
+    good = {"mode": MaskMode.UNIMODAL, "num_queries": 2, "past": 0, "length": 5}
+    assert dense_attention_mask(**good).shape == (1, 1, 5, 5)
+    with pytest.raises(error, match=f"^{message}"):
+        dense_attention_mask(**{**good, **change})

@@ -369,6 +369,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="k: expected an int >= 1, got 0"):
             build().rerank(ids, mask, features, k=0)
 
+    def test_progress(self):
+        ids, mask, features, _ = inputs(2, 3)
+        for name in ("itc_scores", "itm_logits", "itm_scores", "rerank"):
+            with pytest.raises(TypeError, match=r"^progress: expected a function or None, got bool True"):
+                getattr(build(), name)(ids, mask, features, progress=True)
+
     def test_configuration_and_encoder(self):
         with pytest.raises(TypeError, match="config: expected a Blip2PreTrainingConfig"):
             Blip2ForImageTextRetrieval(blip2_config())

@@ -443,7 +443,7 @@ def test_history_on_disk_survives_a_line_cut_short(tmp_path):
     [
         ({"max_steps": None}, "max_steps, epochs: expected exactly one"),
         ({"epochs": 1}, "max_steps, epochs: expected exactly one"),
-        ({"max_steps": None, "epochs": math.inf}, "epochs: expected a finite number, got inf"),
+        ({"max_steps": None, "epochs": math.inf}, "epochs: expected a finite number > 0, got inf"),
         ({"max_steps": None, "epochs": 0.0}, "epochs: expected a finite number > 0, got 0"),
         ({"max_steps": 1.5}, "max_steps: expected an int >= 1, got float 1.5"),
         ({"batch_size": None}, "batch_size, batch_sampler: expected exactly one of them, got neither"),
@@ -556,6 +556,54 @@ def test_refuses_what_is_no_model_and_outputs_without_a_loss():
         loss_parts({"loss": torch.zeros(3), "logits": torch.zeros(())})
     with pytest.raises(TypeError, match="expected a mapping or dataclass"):
         loss_parts((torch.zeros(()),))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"collate": lambda rows: rows}, "collate: expected a function that returns a mapping .*, got list"),
+        ({"loss_weights": lambda step: 1.0}, r"loss_weights: expected a mapping of names .*, got float 1\.0"),
+        ({"step_function": lambda *_: None}, "model output: expected a mapping or dataclass .* got NoneType"),
+        ({"evaluate": lambda *_: None}, "evaluate: expected a function that returns a mapping .* NoneType"),
+        ({"batch_size": None, "batch_sampler": [1, 2]}, "batch_sampler: expected lists of indices, got int"),
+    ],
+)
+def test_functions_that_return_something_else_are_named(change, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        train(toy(), samples(), **{"max_steps": 1, "batch_size": 4, **QUIET, **change})
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"^output_dir: expected a folder to write in, got .* is read-only"):
+        train(toy(), samples(), max_steps=1, batch_size=4, output_dir=tmp_path / "a" / "b", **QUIET)
+
+
+def test_a_checkpoint_knows_what_it_was_trained_in_front_of(tmp_path):
+    def in_front_of(seed: int) -> Toy:
+        model = toy()
+        torch.manual_seed(seed)
+        model.speaker = nn.Linear(64, 64).requires_grad_(False)
+        return model
+
+    options = {"batch_size": 4, **QUIET}
+    train(in_front_of(1), samples(), max_steps=2, output_dir=tmp_path, **options)
+    checkpoint = tmp_path / "checkpoint-2"
+    state = load_checkpoint(checkpoint)
+    assert set(state.metadata["frozen"]) == {"frozen", "speaker"}
+    assert not any("speaker" in name for name in state.state)
+    other = in_front_of(2)
+    before = weights(other).clone()
+    with pytest.raises(ValueError, match=r"speaker: expected that of the training, Linear of 4,160 .* got L"):
+        train(other, samples(), max_steps=4, resume_from=checkpoint, **options)
+    assert torch.equal(weights(other), before)
+    # The same one goes on, in any floating-point type, and so does a model that has none (one that is given
+    # features, say). Quantised weights cannot be compared.
+    half, quantised = in_front_of(1), in_front_of(2)
+    half.speaker.to(torch.float16)
+    quantised.speaker.weight = nn.Parameter(torch.ones(64, 32, dtype=torch.uint8), requires_grad=False)
+    for model in (in_front_of(1), half, quantised, toy()):
+        assert train(model, samples(), max_steps=4, resume_from=checkpoint, **options).steps == 4
 
 
 def test_says_which_extra_is_missing(monkeypatch):

@@ -306,8 +306,41 @@ def test_preprocessing_from_a_transformers_file():
     )
     assert read == ImagePreprocessing(24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", crop=True)
     assert ImagePreprocessing.from_dict({"size": {"height": 7, "width": 9}}).image_size == (7, 9)
-    with pytest.raises(ValueError, match="do_rescale: expected True, got False"):
-        ImagePreprocessing.from_dict({"do_rescale": False})
+    # What a file leaves open or empty is as transformers' own default has it.
+    assert ImagePreprocessing.from_dict({"size": None, "image_mean": None}) == ImagePreprocessing(224)
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "message"),
+    [
+        ([], TypeError, "config: expected a mapping, got list"),
+        ({"do_rescale": False}, ValueError, "do_rescale: expected True, got False"),
+        ({"do_resize": "yes"}, TypeError, "do_resize: expected a bool, got str 'yes'"),
+        ({"do_center_crop": 1}, TypeError, "do_center_crop: expected a bool, got int 1"),
+        ({"rescale_factor": 1.0}, ValueError, r"rescale_factor: expected 1/255, got 1\.0"),
+        ({"size": "big"}, TypeError, "size: expected an int >= 1, got str 'big'"),
+        ({"size": 7.5}, TypeError, r"size: expected an int >= 1, got float 7\.5"),
+        ({"size": [7]}, ValueError, r"size: expected \(height, width\), got \[7\]"),
+        ({"size": []}, ValueError, r"size: expected \(height, width\), got \[\]"),
+        ({"size": {"height": 7}}, ValueError, "size: expected height and width or shortest_edge, got"),
+        ({"size": {"height": 7, "width": "9"}}, TypeError, "size: expected an int >= 1, got str '9'"),
+        ({"size": {"shortest_edge": 7}}, ValueError, "size: expected height and width when do_center_crop"),
+        ({"size": 0}, ValueError, "size: expected an int >= 1, got 0"),
+        (
+            {"size": 7, "crop_size": "c", "do_center_crop": True},
+            TypeError,
+            "crop_size: expected an int >= 1, got str 'c'",
+        ),
+        ({"resample": "bicubic"}, TypeError, "resample: expected an int >= 0, got str 'bicubic'"),
+        ({"resample": 5}, ValueError, r"resample: expected one of \[0, 2, 3\], got 5"),
+        ({"image_mean": 0.5}, TypeError, r"image_mean: expected a list of one number .*, got float 0\.5"),
+        ({"image_std": "0.5"}, TypeError, "image_std: expected a list of one number a channel, got str"),
+        ({"image_std": [0.5]}, ValueError, "std: expected 3 numbers as mean, got 1"),
+    ],
+)
+def test_an_odd_preprocessor_file_names_its_entry(entries, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        ImagePreprocessing.from_dict(entries)
 
 
 # --- EfficientNet-Lite0 ---------------------------------------------------------------------------------
@@ -529,6 +562,50 @@ def test_an_interrupted_run_keeps_what_it_encoded_and_writes_nothing_half(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_cache_of_another_encoder_is_named_and_so_is_this_one(tmp_path, encoder):
+    picture = Image.new("RGB", (9, 9))
+    made = FeatureCache(tmp_path, encoder)
+    key = made.prepare([picture]).hashes[0]
+    other = FeatureCache(tmp_path, FrozenVisionEncoder(ConvolutionMap(), preprocessing=ImagePreprocessing(7)))
+    with pytest.raises(KeyError, match=f"features of other encoders .*{made.directory.name}.*prepare") as e:
+        other.load([key])
+    assert other.directory.name in str(e.value)
+    with pytest.raises(ValueError, match=f"directory: expected the folder that holds .*{tmp_path}") as e:
+        FeatureCache(made.directory, other.encoder)
+    assert made.directory.name in str(e.value) and other.directory.name in str(e.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"directory: expected a folder, got .* is a file"):
+        FeatureCache(tmp_path / "file" / "cache", encoder)
+
+
+def test_a_shard_that_goes_away_under_an_open_cache_is_named(tmp_path, encoder):
+    cache = FeatureCache(tmp_path, encoder)
+    hashes = cache.prepare([Image.new("RGB", (9, 9))]).hashes
+    (shard,) = cache.directory.iterdir()
+    shard.unlink()
+    with pytest.raises(OSError, match=f"{shard.name} was taken away or damaged .* a new FeatureCache"):
+        cache.load(hashes)
+    shard.write_bytes(b"cut")
+    with pytest.raises(OSError, match=f"{shard.name} was taken away or damaged"):
+        cache.load(hashes)
+
+
+def test_a_damaged_shard_that_may_not_be_removed_is_passed_over(tmp_path, encoder, monkeypatch):
+    picture = Image.new("RGB", (9, 9))
+    cache = FeatureCache(tmp_path, encoder)
+    cache.prepare([picture])
+    (shard,) = cache.directory.iterdir()
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    assert len(FeatureCache(tmp_path, encoder)) == 0
+
+
 def test_features_beyond_fp16_are_skipped_with_that_reason(tmp_path):
     module = ConvolutionMap()
     with torch.no_grad():
@@ -663,6 +740,16 @@ def test_pixel_values_are_cached_as_they_are_without_preprocessing(tmp_path):
             lambda: FeatureCache("x", FrozenVisionEncoder(ConvolutionMap())).prepare("one.png"),
             TypeError,
             "images: expected a list of pictures, got str 'one.png'",
+        ),
+        (
+            lambda: FeatureCache("x", FrozenVisionEncoder(ConvolutionMap())).prepare([], progress=True),
+            TypeError,
+            "^progress: expected a function or None, got bool True",
+        ),
+        (
+            lambda: FeatureCache("x", FrozenVisionEncoder(ConvolutionMap())).load("0" * 64),
+            TypeError,
+            "^hashes: expected a list of sha256, got str",
         ),
         (
             lambda: FeatureCache("x", FrozenVisionEncoder(ConvolutionMap())).load(["0" * 64]),

@@ -328,8 +328,13 @@ BAD = [
     ({"layout": "here"}, TypeError, "layout: expected a TokenLayout, got str 'here'"),
     (
         {"input_ids": GOOD["input_ids"][0]},
-        ValueError,
-        "input_ids: expected 1, one a text segment, got int64 [2, 4]",
+        TypeError,
+        "input_ids: expected a sequence, one entry a text segment, got int64 [2, 4]",
+    ),
+    (
+        {"input_ids": 5},
+        TypeError,
+        "input_ids: expected a sequence, one entry a text segment, got int 5",
     ),
     ({"input_ids": []}, ValueError, "input_ids: expected 1, one a text segment, got 0"),
     (

@@ -224,6 +224,22 @@ BAD_CALLS = [
     ),
     (lambda: philox.philox_4x32_10(COUNTER, 1), TypeError, "key: expected a tensor int64 []"),
     (
+        lambda: philox.draw_key("gpu"),
+        ValueError,
+        "device: expected a torch.device or its name, got 'gpu'",
+    ),
+    (
+        lambda: philox.draw_key("cuda:99"),
+        ValueError,
+        "device: expected a device that torch has here, got 'cuda:99'",
+    ),
+    (lambda: philox.draw_key(5), TypeError, "device: expected a torch.device or its name, got int 5"),
+    (
+        lambda: philox.draw_key("meta", torch.Generator()),
+        ValueError,
+        "generator: expected one of meta, got one of cpu",
+    ),
+    (
         lambda: philox.draw_key(generator=5),
         TypeError,
         "generator: expected a torch.Generator or None, got int 5",

@@ -151,9 +151,12 @@ def _check_text(
     """The words and the positions of the text rows, int64 [text rows] each."""
     segments, rows = layout.texts, layout.rows - layout.query_rows
     for name, given in (("input_ids", input_ids), ("position_ids", position_ids)):
-        if given is not None and (isinstance(given, Tensor) or len(given) != len(segments)):
-            got = describe(given) if isinstance(given, Tensor) else str(len(given))
-            raise ValueError(f"{name}: expected {len(segments)}, one a text segment, got {got}")
+        if given is None:
+            continue
+        if isinstance(given, str | Tensor) or not isinstance(given, Sequence):
+            raise TypeError(f"{name}: expected a sequence, one entry a text segment, got {describe(given)}")
+        if len(given) != len(segments):
+            raise ValueError(f"{name}: expected {len(segments)}, one a text segment, got {len(given)}")
     if not segments:
         for name, unread in (("words", words), ("positions", positions)):
             if unread is not None:
