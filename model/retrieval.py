@@ -247,7 +247,8 @@ class Blip2ForImageTextRetrieval(Blip2Base):
             for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
                 if first == last:
                     continue
-                prepared = self.prepare_images(*images.chunk(start, start + batch_size))
+                chunk = images.chunk(start, start + batch_size)
+                prepared = self.prepare_images(*chunk, samples=last - first)
                 for begin in range(first, last, batch_size):
                     pairs = slice(begin, min(begin + batch_size, last))
                     hidden = self.multimodal_hidden(

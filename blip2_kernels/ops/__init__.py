@@ -1,5 +1,6 @@
 """The operators, one folder each: semantics (api.py), the plain truth (reference.py), its backends."""
 
+from . import flops  # noqa: F401  (registers FLOP formulas with torch)
 from .add_layer_norm.api import add_layer_norm
 from .bias_gelu.api import bias_gelu
 from .cross_attention.api import cross_attention

@@ -1,11 +1,10 @@
 """FLOP formulas of what `torch.utils.flop_counter` does not know: our operators, the CPU's fused attention.
 
     from torch.utils.flop_counter import FlopCounterMode
-    from blip2_kernels.ops.flops import FORMULAS
 
-    with FlopCounterMode(custom_mapping=FORMULAS) as counter: ...
+    with FlopCounterMode() as counter: ...
 
-As torch counts fused attention: two products in the forward; five in the backward, which computes the scores
+The package registers them with torch where torch has none of its own, so a plain counter sees everything. As torch counts fused attention: two products in the forward; five in the backward, which computes the scores
 again. Masked scores count as if computed, and a sample's text as long as the longest.
 """
 
@@ -13,7 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from .cross_attention.triton import op as _cross_op  # noqa: F401  (defines the operators)
 from .image_text_similarity.triton import op as _similarity_op  # noqa: F401
@@ -88,5 +92,8 @@ FORMULAS: dict[object, Callable[..., int]] = {
     _ours.latent_attention: _latent_attention,
     _ours.image_text_similarity: _similarity,
 }
-"""Formulas by operator, for `FlopCounterMode(custom_mapping=...)`. The similarity's backward multiplies
-nothing: each gradient row is a sum."""
+"""Formulas by operator, of shapes. The similarity's backward multiplies nothing: each gradient row is a sum."""
+
+for _operator, _formula in FORMULAS.items():
+    if _operator not in flop_registry:
+        register_flop_formula(_operator)(_formula)

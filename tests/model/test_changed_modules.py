@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from pretraining_cases import QUERIES, small_batch, small_model, some_negatives
 from test_savings import assert_same_step, step
 from torch import nn
@@ -193,6 +193,10 @@ CHANGES = {
         lambda m: lora(m, "query", "key", "value", "dense"),
         "its image key is a Linear",
     ),
+    "LoRA on queries": (lambda m: lora(m, "query"), None),
+    "LoRA on keys": (lambda m: lora(m, "key"), "its image key is a Linear"),
+    "LoRA on values": (lambda m: lora(m, "value"), "its image value is a Linear"),
+    "LoRA on dense layers": (lambda m: lora(m, "dense"), None),
     "LoRA on queries and values": (lambda m: lora(m, "query", "value"), "its image value is a Linear"),
     "another rate of hidden dropout": (lambda m: set_rate(layer(m).output.dropout, "p", 0.6), None),
     "another rate of attention dropout": (
@@ -294,6 +298,18 @@ def test_an_image_index_that_does_not_fit_is_refused_by_every_kind_of_layer(bad,
     assert str(caught.value).startswith("image_index: ") and words in str(caught.value)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_model_inside_peft(dora):
+    model, inputs = case(0.3)
+    targets = ["query", "key", "value", "dense"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, use_dora=dora)
+    wrapped = get_peft_model(model, config).train()
+    expected = step(wrapped, inputs)
+    model.use_fused = True
+    assert_same_step(step(wrapped, inputs), expected, torch.float64)
+    assert "lora" in next(name for name, grad in expected[1].items() if grad is not None)
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 @torch.no_grad()
 def test_linear_layers_quantised_dynamically():
@@ -383,16 +399,20 @@ def process_group(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["calm", "dropout"])
+@pytest.mark.parametrize("also", [None, "the Q-Former", "the model"])
 @pytest.mark.usefixtures("process_group")
-def test_layers_sharded_one_by_one():
+def test_layers_sharded_one_by_one(also, dropout):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, inputs = case()
+    model, inputs = case(dropout)
     expected = step(model, inputs)
     mesh = init_device_mesh("cpu", (1,))
     for part in model.qformer.encoder.layer:
         fully_shard(part, mesh=mesh)
+    if also is not None:
+        fully_shard(model.qformer if also == "the Q-Former" else model, mesh=mesh)
     model.use_fused = True
     values, grads = step(model, inputs)
     whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from naive import naive_step
 from pretraining_cases import (
+    IMAGE_WIDTH,
     LOSSES,
     gradients,
     rank_batch,
@@ -201,6 +202,70 @@ def test_rows_without_negative_are_left_out_of_the_mean_of_all_ranks(on_ranks, u
     assert_close_gradients(averaged(ranks, "itm"), gradients(whole.loss_itm, model))
     counts = [sum(label >= 0 for label in rank["labels"]) for rank in ranks]
     assert sum(counts) == 12 and counts[0] != counts[1]
+
+
+def gathered(rank: int, use_fused: bool) -> list[list[int]]:
+    """Shapes of all tensors that collectives were given during a step, forward and backward."""
+    shapes: list[list[int]] = []
+    names = [
+        name
+        for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "broadcast", "gather")
+        if hasattr(dist, name)
+    ] + ["all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "isend"]
+    originals = {name: getattr(dist, name) for name in names}
+
+    def spy(name: str):
+        def call(*args, **kwargs):
+            for x in (*args, *kwargs.values()):
+                tensors = x if isinstance(x, list | tuple) else [x]
+                shapes.extend(list(t.shape) for t in tensors if isinstance(t, torch.Tensor))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, spy(name))
+    try:
+        model = small_model(dtype=torch.float64, use_fused=use_fused)
+        output = model(**part(rank, whole_batch()), negatives=part(rank, some_negatives(WORLD * BATCH)))
+        output.loss.backward()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return shapes
+
+
+def test_no_image_feature_travels_on_the_fused_path(on_ranks):
+    """Contrastive features do, which are smaller; the plain path, which gathers images, is the canary."""
+
+    def of_images(shapes: list[list[int]]) -> list[list[int]]:
+        return [shape for shape in shapes if len(shape) >= 3 and shape[-1] == IMAGE_WIDTH]
+
+    for shapes in on_ranks(gathered, True):
+        assert shapes and not of_images(shapes), shapes
+    for shapes in on_ranks(gathered, False):
+        assert of_images(shapes), shapes
+
+
+def dropping_step(rank: int, use_fused: bool) -> dict[str, Any]:
+    """A step with dropout under one Philox key of all ranks."""
+    settings = {"use_fused": use_fused, "itc_gradient": "full", "lm_normalisation": "global"}
+    model = small_model(dtype=torch.float64, dropout=0.3, **settings).train()
+    torch.manual_seed(5)
+    negatives = some_negatives(WORLD * BATCH)
+    output = model(**part(rank, whole_batch()), negatives=part(rank, negatives))
+    losses = {name: float(output[f"loss_{name}"].detach()) for name in LOSSES}
+    return {"losses": losses, "logits": output.itm_logits[:BATCH].tolist()}
+
+
+def test_dropout_on_two_ranks(on_ranks):
+    """Contrast, captions and the matching of true pairs drop the same on both paths. What is computed on the
+    image's rank has another place in its batch there, and so another mask (docs/decisions.md)."""
+    plain, fused = on_ranks(dropping_step, False), on_ranks(dropping_step, True)
+    for one, other in zip(plain, fused, strict=True):
+        for name in ("itc", "itg"):
+            assert other["losses"][name] == pytest.approx(one["losses"][name], abs=1e-12)
+        assert torch.allclose(torch.tensor(one["logits"]), torch.tensor(other["logits"]), atol=1e-12)
 
 
 def unequal_batches(rank: int) -> list[str]:

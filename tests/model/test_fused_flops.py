@@ -10,7 +10,6 @@ from blip2_kernels.encoder.plan import cost
 from blip2_kernels.mask import MaskMode
 from blip2_kernels.model.config import Blip2PreTrainingConfig
 from blip2_kernels.model.pretraining import Blip2ForPreTraining
-from blip2_kernels.ops.flops import FORMULAS
 
 U, B, C = MaskMode.UNIMODAL, MaskMode.BIDIRECTIONAL, MaskMode.MULTIMODAL_CAUSAL
 WORDS, PADDED = 12, 32
@@ -48,7 +47,7 @@ def batch(model: Blip2ForPreTraining, samples: int, tokens: int, device: str = "
 
 
 def counted(call) -> int:
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 

@@ -94,11 +94,30 @@ def test_stage_1_without_forced_negatives_draws_the_same(setting):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["calm", "dropout"])
-def test_stage_1_on_images_as_long_as_a_video(dropout):
-    model, inputs = stage1_case(torch.float64, dropout, VIDEO_TOKENS)
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    [(torch.float64, VIDEO_TOKENS), (torch.float32, VIDEO_TOKENS), (torch.float32, 700)],
+    ids=["fp64", "fp32", "700 tokens"],
+)
+def test_stage_1_on_images_as_long_as_a_video(dtype, tokens, dropout):
+    model, inputs = stage1_case(dtype, dropout, tokens)
     expected = step(model, inputs)
     model.use_fused = True
-    assert_same_step(step(model, inputs), expected, torch.float64)
+    for setting in ["plan", "none", *(ALONE_OFF if tokens == 700 else ())]:
+        model.qformer.fused_encoder.force(**dict.fromkeys(Saving))
+        model.qformer.fused_encoder.force(**SETTINGS[setting])
+        assert_same_step(step(model, inputs), expected, dtype)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["calm", "dropout"])
+def test_an_instruction_on_images_as_long_as_a_video(dropout):
+    model, inputs = stage2_case(True, torch.float32, dropout)
+    generator = torch.Generator().manual_seed(3)
+    inputs["image_features"] = torch.randn(3, VIDEO_TOKENS, IMAGE_WIDTH, generator=generator)
+    inputs["image_mask"] = (torch.rand(3, VIDEO_TOKENS, generator=generator) > 0.3).long()
+    expected = step(model, inputs)
+    model.use_fused = True
+    assert_same_step(step(model, inputs), expected, torch.float32, absent=("logits",))
 
 
 def test_stage_1_with_features_that_need_a_gradient():
@@ -160,17 +179,19 @@ def stage2_case(instruct: bool, dtype: torch.dtype, dropout: float) -> tuple[nn.
     return model, inputs
 
 
-@pytest.mark.parametrize("setting", ["plan", "none", *ALONE_OFF])
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["calm", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("instruct", [False, True], ids=["blip2", "instructblip"])
-def test_stage_2(instruct, dropout, setting):
-    model, inputs = stage2_case(instruct, torch.float64, dropout)
-    expected = step(model, inputs)
+def test_stage_2(instruct, dtype, dropout, setting, plain_steps):
+    model, inputs = stage2_case(instruct, dtype, dropout)
+    if (instruct, dtype, dropout) not in plain_steps:
+        plain_steps[instruct, dtype, dropout] = step(model, inputs)
     model.use_fused = True
     model.qformer.fused_encoder.force(**SETTINGS[setting])
     got = step(model, inputs)
     assert ("logits" in got[0]) == (SETTINGS[setting].get("supervised_rows") is False)
-    assert_same_step(got, expected, torch.float64, absent=("logits",))
+    assert_same_step(got, plain_steps[instruct, dtype, dropout], dtype, absent=("logits",))
 
 
 @pytest.mark.parametrize("instruct", [False, True], ids=["blip2", "instructblip"])
@@ -192,14 +213,6 @@ def test_stage_2_with_a_frozen_q_former():
     expected = step(model, inputs)
     model.use_fused = True
     assert_same_step(step(model, inputs), expected, torch.float64, absent=("logits",))
-
-
-@pytest.mark.parametrize("instruct", [False, True], ids=["blip2", "instructblip"])
-def test_stage_2_in_single_precision(instruct):
-    model, inputs = stage2_case(instruct, torch.float32, 0.0)
-    expected = step(model, inputs)
-    model.use_fused = True
-    assert_same_step(step(model, inputs), expected, torch.float32, absent=("logits",))
 
 
 # ------------------------------------------------------------------------------------------------ inference
@@ -230,6 +243,27 @@ def test_features_and_scores(setting, dtype, masked):
     model.qformer.fused_encoder.force(**(ABSORBED.get(setting) or SETTINGS[setting]))
     for got, truth in zip(everything(), expected, strict=True):
         assert max_error(got, truth) <= max(WHOLE_MODEL[dtype], 1e-5 if got.dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@torch.no_grad()
+def test_features_from_weights_that_are_kept(dtype):
+    """`prepare_inference`, the projections of self-attention joined; read twice, the second time kept."""
+    model, inputs = stage1_case(dtype, 0.0)
+    texts = inputs["input_ids"], inputs["attention_mask"]
+
+    def everything() -> list[Tensor]:
+        images = inputs["image_features"]
+        joint = model.get_multimodal_features(*texts, images)
+        return [model.encode_image(images), model.get_text_features(*texts), joint]
+
+    expected = everything()
+    model.use_fused = True
+    encoder = model.qformer.fused_encoder.prepare_inference().force(joined_projections=True)
+    for _ in range(2):
+        for got, truth in zip(everything(), expected, strict=True):
+            assert max_error(got, truth) <= WHOLE_MODEL[dtype]
+    assert encoder._cache.entries
 
 
 @torch.no_grad()

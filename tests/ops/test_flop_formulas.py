@@ -29,9 +29,9 @@ def tensors(device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def counted(call) -> tuple[int, int]:
     """FLOPs of a call and of its backward."""
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward:
+    with FlopCounterMode(display=False) as forward:
         out = call()
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as backward:
+    with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()
 
@@ -126,7 +126,7 @@ def test_latent_attention(index):
         lambda: latent_attention_triton(*tensors("meta", *shapes), on_meta, None, None, scale=1.0),
         lambda: latent_attention_reference(*tensors("cpu", *shapes), index, None, scale=1.0),
     ):
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with FlopCounterMode(display=False) as counter:
             call()
         counts.append(counter.get_total_flops())
     assert counts == [products(samples * rows * tokens, width, 2)] * 2
