@@ -4,7 +4,8 @@
 
     with FlopCounterMode() as counter: ...
 
-The package registers them with torch where torch has none of its own, so a plain counter sees everything. As torch counts fused attention: two products in the forward; five in the backward, which computes the scores
+The package registers them with torch where torch has none of its own, so a plain counter sees everything. As
+torch counts fused attention: two products in the forward; five in the backward, which computes the scores
 again. Masked scores count as if computed, and a sample's text as long as the longest.
 """
 
@@ -84,7 +85,6 @@ _ours, _aten = torch.ops.blip2_kernels, torch.ops.aten
 FORMULAS: dict[object, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-    torch.ops.mkldnn._linear_pointwise: _linear,
     _ours.self_attention: _self_attention,
     _ours.self_attention_backward: _self_attention_backward,
     _ours.cross_attention: _cross_attention,
@@ -93,6 +93,9 @@ FORMULAS: dict[object, Callable[..., int]] = {
     _ours.image_text_similarity: _similarity,
 }
 """Formulas by operator, of shapes. The similarity's backward multiplies nothing: each gradient row is a sum."""
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in a torch that was built without oneDNN
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear
 
 for _operator, _formula in FORMULAS.items():
     if _operator not in flop_registry:

@@ -158,6 +158,45 @@ def test_gradcheck_of_the_reference(dropout):
     assert torch.autograd.gradcheck(lambda *t: cross_attention(*t, **options), leaves)
 
 
+DROPPING = {
+    "dropout": 0.3,
+    "dropout_key": torch.tensor(4),
+    "image_index": torch.tensor([1, 0, 1], dtype=torch.int32),
+}
+
+
+def test_with_dropout_the_inputs_are_all_that_is_kept():
+    q, k, v = (t.requires_grad_() for t in draw(3, 2, 2, 40))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        cross_attention(q, k, v, **DROPPING)
+    assert sum(t.numel() for t in kept if t.is_floating_point()) == sum(t.numel() for t in (q, k, v))
+    assert sum(t.numel() for t in kept if not t.is_floating_point()) <= 3 * 2 + 3 + 1
+
+
+def test_a_backward_inside_autocast_recomputes_in_the_inputs_precision():
+    torch.manual_seed(0)
+    leaves, results = [t.requires_grad_() for t in draw(3, 2, 2, 4, dtype=torch.float32)], []
+    for enabled in (False, True):
+        out = cross_attention(*leaves, **DROPPING).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(out, leaves))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("written", ["q", "k", "v", "dropout_key", "image_index"])
+def test_what_was_written_to_before_the_backward_is_noticed(written):
+    given = dict(zip("qkv", draw(3, 2, 2, 4), strict=True)) | DROPPING
+    given["dropout_key"], given["image_index"] = given["dropout_key"].clone(), given["image_index"].clone()
+    leaves = [given[name].requires_grad_() for name in "qkv"]
+    out = cross_attention(**given).sum()
+    with torch.no_grad():
+        given[written].add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, leaves)
+
+
 def test_random_cases_agree_between_backends():
     seed = random.randrange(2**31)
     print("seed", seed)

@@ -1,5 +1,7 @@
 """The plain truth: each sample attends densely to the keys and values of its image."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,32 @@ def cross_attention_reference(
     """See `cross_attention`; `visible` is bool [images, tokens] or None for all, `row_keys` needed where
     dropout > 0.
     """
+    compute = partial(_cross_attention, dropout=dropout, layer=layer, scale=scale)
+    tensors = (q, k, v, image_index, visible, row_keys, dropout_key)
+    # Probabilities, dropped ones and their mask are three more of what a training step would keep.
+    return recomputed(compute, *tensors) if dropout > 0 else compute(*tensors)
 
-    def attend_images(
+
+def _cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_index: Tensor | None,
+    visible: Tensor | None,
+    row_keys: Tensor | None,
+    dropout_key: Tensor | None,
+    *,
+    dropout: float,
+    layer: int,
+    scale: float,
+) -> Tensor:
+    if visible is not None:
+        # 0 · NaN would leak out of padding tokens, so they are blanked, not only masked.
+        hidden = ~visible[:, :, None, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    ordinals = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
+
+    def attend_own(
         q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, row_keys: Tensor | None
     ) -> Tensor:
         """Sample s looks at image s."""
@@ -37,25 +63,16 @@ def cross_attention_reference(
             allowed = visible[:, None, None, :]
 
         def drop(probs: Tensor) -> Tensor:
-            ordinals = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
             keys = (dropout_key, row_keys, ordinals)
             return dropout_attention(probs, dropout, *keys, layer=layer, site=Site.CROSS_ATTENTION)
 
         query, key, value = (t.transpose(1, 2) for t in (q, k, v))
         return attend(query, key, value, allowed, scale, drop if dropout > 0 else None).transpose(1, 2)
 
-    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if visible is not None:
-            # 0 · NaN would leak out of padding tokens, so they are blanked, not only masked.
-            hidden = ~visible[:, :, None, None]
-            k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-        if image_index is None:
-            return attend_images(q, k, v, visible, row_keys)
-        if len(q) and values_are_free(q.device):
-            return image_by_image(attend_images, q, k, v, image_index, visible, row_keys)
-        index = image_index.long()
-        seen = None if visible is None else visible[index]
-        return attend_images(q, k.index_select(0, index), v.index_select(0, index), seen, row_keys)
-
-    # Probabilities, dropped ones and their mask are three more of what a training step would keep.
-    return recomputed(compute, q, k, v) if dropout > 0 else compute(q, k, v)
+    if image_index is None:
+        return attend_own(q, k, v, visible, row_keys)
+    if len(q) and values_are_free(q.device):
+        return image_by_image(attend_own, q, k, v, image_index, visible, row_keys)
+    index = image_index.long()
+    seen = None if visible is None else visible.index_select(0, index)
+    return attend_own(q, k.index_select(0, index), v.index_select(0, index), seen, row_keys)
