@@ -1,9 +1,10 @@
 """The fused path against its peers at full size, pair by pair in one process.
 
-    python bench/savings.py                         every case (about half an hour on 2 cores)
+    python bench/savings.py                         every case (about 40 minutes on 2 cores)
     python bench/savings.py --only stage1-257 --pairs 5
     python bench/savings.py --json savings.json     keeps every time, with device and versions
     python bench/savings.py --same-library          our fp32 products by MKL too: the savings alone
+    python bench/savings.py --peak --only stage1    peak memory of each side, in processes of their own
 
 BERT-base Q-Former (12 layers, 768 channels), 32 queries, image width 1408, random weights, fp32 unless the
 case says otherwise. A figure is the ratio of the medians of interleaved runs. Both sides must agree first.
@@ -11,8 +12,9 @@ case says otherwise. A figure is the ratio of the medians of interleaved runs. B
 
 import argparse
 import json
+import multiprocessing
 import platform
-import resource
+import re
 import statistics
 import sys
 import time
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -121,6 +124,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "stage1-257": lambda: stage1(257),
     "stage1-677": lambda: stage1(677),
     "stage1-257-dropout": lambda: stage1(257, dropout=0.1),
+    "stage1-677-dropout": lambda: stage1(677, dropout=0.1),
     "stage1-257-bf16": lambda: stage1(257, autocast=True),
     "queries-257": lambda: query_only(257),
     "queries-677": lambda: query_only(677),
@@ -154,6 +158,40 @@ def measure(case: Case, pairs: int) -> dict[str, list[float]]:
     return seconds
 
 
+def resident_mib(field: str) -> float:
+    """Resident memory of this process as Linux has it: VmRSS now, VmHWM at most. (`ru_maxrss` of a process
+    starts from its parent's.)"""
+    sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    return int(sizes[field]) / 1024
+
+
+def peak_mib(name: str, side: str, threads: int) -> tuple[float, float]:
+    """Resident MiB of this process with a case's weights and inputs, and at most during one run."""
+    torch.set_num_threads(threads)
+    case = CASES[name]()
+    before = resident_mib("VmRSS")
+    (case.run_peer if side == "peer" else case.run_ours)()
+    return before, resident_mib("VmHWM")
+
+
+def report_peaks(names: list[str], threads: int) -> dict[str, dict[str, float]]:
+    """One run of each side in a process that does nothing else."""
+    results = {}
+    for name in names:
+        peaks = {}
+        for side in ("peer", "ours"):
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                before, peaks[side] = process.apply(peak_mib, (name, side, threads))
+            print(
+                f"{name:20} {side:5} peak {peaks[side]:6.0f} MiB, {peaks[side] - before:6.0f} more than with "
+                "weights and inputs alone",
+                flush=True,
+            )
+            peaks[f"{side}, before"] = before
+        results[name] = peaks
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help=f"cases among {', '.join(CASES)}")
@@ -162,26 +200,26 @@ def main() -> int:
     parser.add_argument(
         "--same-library", action="store_true", help="multiply with the peer's BLAS, not with oneDNN"
     )
+    parser.add_argument("--peak", action="store_true", help="measure peak memory, not times (Linux)")
     parser.add_argument("--json", type=Path, help="write every time here")
     arguments = parser.parse_args()
     chosen = [name for name in CASES if arguments.only in name]
     if not chosen or arguments.pairs < 1 or arguments.threads < 1:
         parser.error("expected a part of a case's name, and at least one pair and one thread")
     torch.set_num_threads(arguments.threads)
-    results = {}
-    for name in chosen:
+    results: dict[str, Any] = report_peaks(chosen, arguments.threads) if arguments.peak else {}
+    for name in [] if arguments.peak else chosen:
         case = CASES[name]()
         if arguments.same_library:
             case = replace(case, run_ours=partial(without_onednn, case.run_ours))
         seconds = measure(case, arguments.pairs)
         peer, ours = (statistics.median(seconds[side]) for side in ("peer", "ours"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"{name:20} {peer / ours:5.2f} x   {ours:7.3f} s against {peer:7.3f} s ({case.peer}); "
-            f"{arguments.pairs} pairs, peak of the process so far {peak:.0f} MiB",
+            f"{arguments.pairs} pairs",
             flush=True,
         )
-        results[name] = {"peer": case.peer, "ratio": peer / ours, "seconds": seconds, "peak_rss_mib": peak}
+        results[name] = {"peer": case.peer, "ratio": peer / ours, "seconds": seconds}
     if arguments.json:
         about = {
             "device": platform.processor() or platform.machine(),

@@ -7,7 +7,7 @@ eval mode, without gradients.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2_kernels.checks import check_binary, check_function, check_int, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
-from .base import Blip2Base, evaluation_mode
+from .base import Blip2Base, PreparedImages, evaluation_mode
 
 Progress = Callable[[int, int], None]
 NOT_SCORED = -100.0
@@ -101,21 +101,33 @@ class Blip2ForImageTextRetrieval(Blip2Base):
         check_function("progress", progress)
         attention_mask = self.check_text(input_ids, attention_mask)
         images = self._image_chunks(image_features, pixel_values, image_mask)
-        total, done = len(images) + len(input_ids), 0
         with evaluation_mode(self):
-            texts = []
-            for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
-                texts.append(self.get_text_features(ids, mask).float())
-                done = _report(progress, done + len(ids), total)
-            text_feats = torch.cat(texts)
-            scores = text_feats.new_empty(len(images), len(input_ids))
-            for start in range(0, len(images), batch_size):
-                image_feats = self.get_image_features(*images.chunk(start, start + batch_size)).float()
-                # A query at a time, so that no [chunk, Q, M] tensor ever exists.
-                best = scores[start : start + batch_size].fill_(-torch.inf)
-                for query in image_feats.unbind(1):
-                    torch.maximum(best, query @ text_feats.T, out=best)
-                done = _report(progress, done + len(image_feats), total)
+            return self._contrast(images, input_ids, attention_mask, batch_size, progress)
+
+    def _contrast(
+        self,
+        images: "_Images",
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        batch_size: int,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """`itc_scores` of checked arguments, in eval mode."""
+        total, done = len(images) + len(input_ids), 0
+        texts = []
+        for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+            texts.append(self.get_text_features(ids, mask).float())
+            done = _report(progress, done + len(ids), total)
+        text_feats = torch.cat(texts)
+        scores = text_feats.new_empty(len(images), len(input_ids))
+        for start in range(0, len(images), batch_size):
+            prepared = images.prepare(start, start + batch_size)
+            image_feats = self.project_image(self.image_hidden(prepared)).float()
+            # A query at a time, so that no [chunk, Q, M] tensor ever exists.
+            best = scores[start : start + batch_size].fill_(-torch.inf)
+            for query in image_feats.unbind(1):
+                torch.maximum(best, query @ text_feats.T, out=best)
+            done = _report(progress, done + len(image_feats), total)
         return scores
 
     def itm_logits(
@@ -184,7 +196,10 @@ class Blip2ForImageTextRetrieval(Blip2Base):
     ) -> RerankOutput:
         """Score all pairs by ITC, then each image's best k texts and each text's best k images by ITM + ITC.
 
-        A pair that is among the best both ways is read once.
+        A pair that is among the best both ways is read once, and so is every text for ITC. Up to `batch_size`
+        images are prepared once for both steps. More are prepared once a step, since keys and values of all
+        would have to be held between the two; on a CPU the first step needs none, as it takes the absorbed
+        form.
 
         Args:
             k: candidates a query (of texts or images); all where there are fewer.
@@ -208,9 +223,11 @@ class Blip2ForImageTextRetrieval(Blip2Base):
             starts = range(0, len(images), batch_size)
             image_features = torch.cat([images.features(s, s + batch_size) for s in starts])
             images = self._image_chunks(image_features, None, image_mask)
-        itc = self.itc_scores(
-            input_ids, attention_mask, image_features, image_mask=image_mask, batch_size=batch_size
-        )
+        with evaluation_mode(self):
+            if len(images) <= batch_size:
+                # An image is read once for ITC and at least by its own best texts.
+                images = images.kept(len(images) * (1 + min(k, len(input_ids))))
+            itc = self._contrast(images, input_ids, attention_mask, batch_size)
         best_texts = torch.zeros_like(itc, dtype=torch.bool)
         best_texts.scatter_(1, itc.topk(min(k, itc.shape[1]), dim=1).indices, True)
         best_images = torch.zeros_like(best_texts)
@@ -247,8 +264,7 @@ class Blip2ForImageTextRetrieval(Blip2Base):
             for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
                 if first == last:
                     continue
-                chunk = images.chunk(start, start + batch_size)
-                prepared = self.prepare_images(*chunk, samples=last - first)
+                prepared = images.prepare(start, start + batch_size, last - first)
                 for begin in range(first, last, batch_size):
                     pairs = slice(begin, min(begin + batch_size, last))
                     hidden = self.multimodal_hidden(
@@ -285,6 +301,7 @@ class _Images:
     source: Tensor
     mask: Tensor | None
     encoded: bool
+    prepared: PreparedImages | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -293,9 +310,18 @@ class _Images:
         chunk = self.source[start:stop]
         return chunk if self.encoded else self.model.frozen_features(pixel_values=chunk)
 
-    def chunk(self, start: int, stop: int) -> tuple[Tensor, None, Tensor | None]:
-        """The arguments of `prepare_images` for a slice."""
-        return self.features(start, stop), None, None if self.mask is None else self.mask[start:stop]
+    def prepare(self, start: int, stop: int, samples: int | None = None) -> PreparedImages:
+        """A slice, ready for `samples` samples to look at; default each image for one."""
+        if self.prepared is not None:
+            return self.prepared
+        features = self.features(start, stop)
+        mask = None if self.mask is None else self.mask[start:stop]
+        samples = len(features) if samples is None else samples
+        return self.model.prepare_images(features, None, mask, samples=samples)
+
+    def kept(self, samples: int) -> "_Images":
+        """The same, prepared as a whole, once."""
+        return replace(self, prepared=self.prepare(0, len(self), samples))
 
 
 def _report(progress: Progress | None, done: int, total: int) -> int:

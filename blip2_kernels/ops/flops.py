@@ -92,7 +92,7 @@ FORMULAS: dict[object, Callable[..., int]] = {
     _ours.latent_attention: _latent_attention,
     _ours.image_text_similarity: _similarity,
 }
-"""Formulas by operator, of shapes. The similarity's backward multiplies nothing: each gradient row is a sum."""
+"""Formulas by operator, of shapes. The similarity's backward multiplies nothing: a gradient row is a sum."""
 
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in a torch that was built without oneDNN
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear

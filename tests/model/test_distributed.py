@@ -209,7 +209,14 @@ def gathered(rank: int, use_fused: bool) -> list[list[int]]:
     shapes: list[list[int]] = []
     names = [
         name
-        for name in ("all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "broadcast", "gather")
+        for name in (
+            "all_gather",
+            "all_gather_into_tensor",
+            "all_reduce",
+            "all_to_all",
+            "broadcast",
+            "gather",
+        )
         if hasattr(dist, name)
     ] + ["all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "isend"]
     originals = {name: getattr(dist, name) for name in names}

@@ -1,5 +1,7 @@
 """What the fused path costs: counted, equal to the plan's closed form, and a fraction of the plain path's."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,6 +101,28 @@ def test_a_stage_1_step_costs_half_of_the_plain_path(tokens, limit):
     assert fused == stage1_closed_form(model, 2, tokens)
     print(f"{fused / 2e9:.1f} of {plain / 2e9:.1f} GFLOP a pair: {fused / plain:.3f}")
     assert fused <= limit * plain
+
+
+def documented(column: int) -> dict[str, float]:
+    """A column of the table of GFLOP a pair in docs/savings.md, by saving."""
+    text = (Path(__file__).parents[2] / "docs" / "savings.md").read_text()
+    rows = text.split("| off |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    cells = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0]: float(row[column]) for row in cells}
+
+
+@pytest.mark.parametrize(("tokens", "column"), [(257, 1), (677, 2)])
+def test_what_each_saving_saves_is_what_the_documentation_says(tokens, column):
+    """By the closed form, which is what is counted with any saving off (above)."""
+    model = build(device="meta")
+    encoder, whole = model.qformer.fused_encoder, stage1_closed_form(model, 2, tokens)
+    found = {}
+    for saving in Saving:
+        encoder.force(**{saving.value: False})
+        found[saving.value] = (stage1_closed_form(model, 2, tokens) - whole) / 2e9
+        encoder.force(**{saving.value: None})
+    print(tokens, {name: f"{saved:.2f}" for name, saved in found.items()})
+    assert {name: round(saved, 2) for name, saved in found.items() if saved} == documented(column)
 
 
 def rerank(model: Blip2ForPreTraining, texts: int, tokens: int, device: str = "cpu"):

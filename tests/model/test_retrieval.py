@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Blip2Config, Blip2VisionConfig, OPTConfig
 from transformers import Blip2ForImageTextRetrieval as TransformersRetrieval
 
+from blip2_kernels.encoder import FusedEncoder
 from blip2_kernels.model.base import Blip2Base
 from blip2_kernels.model.config import Blip2PreTrainingConfig
 from blip2_kernels.model.pretraining import Blip2ForPreTraining
@@ -245,6 +246,43 @@ class TestScores:
         assert sum(prepared) == 8  # four for ITC, four for ITM
         assert seen[-1] == (int(scored.sum()), int(scored.sum()))
         assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+    @pytest.mark.parametrize(
+        ("batch_size", "forced", "projections"),
+        [(4, {}, 4), (3, {}, 8), (3, {"absorbed_cross_attention": None}, 4)],
+        ids=["one chunk", "two chunks", "two chunks, the first step absorbed"],
+    )
+    def test_rerank_projects_an_image_and_reads_a_text_alone_once(
+        self, batch_size, forced, projections, monkeypatch
+    ):
+        """Nothing more than `batch_size` images is held, so two chunks are projected once a step."""
+        ids, mask, features, _ = inputs(4, 6)
+        features = features.repeat(1, 9, 1)  # long enough for the absorbed form where an image is read once
+        model = build(use_fused=True)
+        encoder = model.qformer.fused_encoder
+        encoder.force(**({"absorbed_cross_attention": False} | forced))
+        options = {"k": 5, "batch_size": batch_size}
+        expected = build().rerank(ids, mask, features, **options)
+        images, texts = [], []
+        project, read = FusedEncoder._project, Blip2Base.text_hidden
+
+        def counting_project(self, layer, source):
+            made = project(self, layer, source)
+            images.append(0 if made is None else len(made.key))
+            return made
+
+        def counting_read(self, input_ids, *args, **kwargs):
+            texts.append(len(input_ids))
+            return read(self, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(FusedEncoder, "_project", counting_project)
+        monkeypatch.setattr(Blip2Base, "text_hidden", counting_read)
+        got = model.rerank(ids, mask, features, **options)
+        assert sum(texts) == 6
+        layers = sum(hasattr(layer, "crossattention") for layer in model.qformer.encoder.layer)
+        assert sum(images) == projections * layers
+        for ours, theirs in ((got.itc, expected.itc), (got.image_to_text, expected.image_to_text)):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     def test_progress_of_itc(self):
         ids, mask, features, _ = inputs(5, 4)
