@@ -45,7 +45,8 @@ struct Rows {
 };
 
 template <bool kDrops, class X, class T>
-HOST_DEVICE void forward_rows(const AddLayerNormForward& a, RowBuffers& buffers, int64_t first, int64_t last) {
+HOST_DEVICE void forward_rows(
+    const AddLayerNormForward& a, RowBuffers& buffers, int64_t first, int64_t last) {
   const Rows<kDrops, X, T> rows{a, Dropout::of(a.dropout), buffers};
   const int width = int(a.width);
   const T* __restrict weight = static_cast<const T*>(a.weight);
@@ -67,7 +68,8 @@ HOST_DEVICE void forward_rows(const AddLayerNormForward& a, RowBuffers& buffers,
 
 template <bool kDrops, class X, class T>
 HOST_DEVICE void backward_row(
-    const AddLayerNormBackward& a, const Rows<kDrops, X, T>& rows, RowBuffers& buffers, int64_t row, float* sums) {
+    const AddLayerNormBackward& a, const Rows<kDrops, X, T>& rows, RowBuffers& buffers, int64_t row,
+    float* sums) {
   const int width = int(a.width);
   const T* __restrict grad = static_cast<const T*>(a.grad) + row * a.grad_stride;
   const T* __restrict weight = static_cast<const T*>(a.weight);

@@ -41,7 +41,8 @@ HOST_DEVICE void backward_part(const BiasGeluBackward& a, int64_t part) {
 template <bool kBias, class T, class B>
 void forward(const BiasGeluForward& a) {
   in_parallel(a.rows, a.width, [&](int64_t first, int64_t last) {
-    run_for_this_processor([&]() __attribute__((always_inline)) { forward_rows<kBias, T, B>(a, first, last); });
+    run_for_this_processor([&]()
+                               __attribute__((always_inline)) { forward_rows<kBias, T, B>(a, first, last); });
   });
 }
 
@@ -58,11 +59,13 @@ void backward(const BiasGeluBackward& a) {
 }  // namespace
 
 void bias_gelu_cpu(const BiasGeluForward& a) {
-  with_gelu_formats(a, [&]<class T, class B>() { a.bias ? forward<true, T, B>(a) : forward<false, T, B>(a); });
+  with_gelu_formats(
+      a, [&]<class T, class B>() { a.bias ? forward<true, T, B>(a) : forward<false, T, B>(a); });
 }
 
 void bias_gelu_backward_cpu(const BiasGeluBackward& a) {
-  with_gelu_formats(a, [&]<class T, class B>() { a.bias ? backward<true, T, B>(a) : backward<false, T, B>(a); });
+  with_gelu_formats(
+      a, [&]<class T, class B>() { a.bias ? backward<true, T, B>(a) : backward<false, T, B>(a); });
 }
 
 }  // namespace blip2_kernels

@@ -1,6 +1,7 @@
-// Checks of tensors before anything is launched. An error names the argument, what was expected and what came.
-// Text is joined from strings, never through a stream: libc10 exports constructors of string streams, and where the
-// C++ runtime is linked in statically a stream would be made by one runtime and written to by another, which crashes.
+// Checks of tensors before anything is launched. An error names the argument, what was expected and what
+// came. Text is joined from strings, never through a stream: libc10 exports constructors of string streams,
+// and where the C++ runtime is linked in statically a stream would be made by one runtime and written to by
+// another, which crashes.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -26,20 +27,13 @@ using torch::stable::Tensor;
 
 inline std::string describe(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "dtype " + std::to_string(int(dtype));
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "dtype " + std::to_string(int(dtype));
   }
 }
 
@@ -57,7 +51,8 @@ inline std::string describe(const Tensor& tensor) {
 }
 
 inline void check_tensor(
-    const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes, const Tensor& beside) {
+    const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes,
+    const Tensor& beside) {
   bool fits = tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) fits = fits && tensor.size(i++) == size;
@@ -69,7 +64,8 @@ inline void check_tensor(
 // The tensor whose shape the others follow: [rows, width] of a floating dtype.
 inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width) {
   const ScalarType dtype = tensor.scalar_type();
-  const bool floats = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  const bool floats =
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   if (!floats || tensor.dim() != 2)
     refuse(name, "float32, float16 or bfloat16 [rows, width]", describe(tensor));
   if (tensor.size(0) >= int64_t(1) << 31) refuse(name, "fewer than 2^31 rows", describe(tensor));
@@ -80,12 +76,9 @@ inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width
 
 inline Format format_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return Format::FLOAT16;
-    case ScalarType::BFloat16:
-      return Format::BFLOAT16;
-    default:
-      return Format::FLOAT32;
+    case ScalarType::Half: return Format::FLOAT16;
+    case ScalarType::BFloat16: return Format::BFLOAT16;
+    default: return Format::FLOAT32;
   }
 }
 
@@ -93,10 +86,11 @@ inline void check_eps(double eps) {
   if (!(eps >= 0 && eps < INFINITY)) refuse("eps", "a finite number >= 0", std::to_string(eps));
 }
 
-// The arguments of dropout for so many rows beside a tensor; all but its probability are optional where that is 0.
+// The arguments of dropout for so many rows beside a tensor; all but its probability are optional where that
+// is 0.
 inline DropoutArguments check_dropout(
-    double p, const std::optional<Tensor>& key, const std::optional<Tensor>& row_keys, int64_t place, int64_t rows,
-    const Tensor& beside) {
+    double p, const std::optional<Tensor>& key, const std::optional<Tensor>& row_keys, int64_t place,
+    int64_t rows, const Tensor& beside) {
   if (!(p >= 0 && p < 1)) refuse("dropout", "a number in [0, 1)", std::to_string(p));
   if (place < 0 || place >= int64_t(1) << 32) refuse("place", "an int in [0, 2^32)", std::to_string(place));
   if (p == 0) return {};

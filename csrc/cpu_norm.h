@@ -26,8 +26,8 @@ struct alignas(64) RowBuffers {
   }
 };
 
-// Channels that are summed up before their sum is added to that of the row: an error grows with what is added one
-// after the other.
+// Channels that are summed up before their sum is added to that of the row: an error grows with what is added
+// one after the other.
 constexpr int kPiece = 512;
 
 HOST_DEVICE float reciprocal_deviation(const float* __restrict hidden, int width, float mean, float eps) {

@@ -2,8 +2,8 @@
 //
 //   run_for_this_processor([&]() [[gnu::always_inline]] { rows(…); });
 //
-// Whatever the lambda calls is inlined into a function for AVX-512, another for AVX2 and one for the baseline;
-// the compiler vectorises each with the registers it may use.
+// Whatever the lambda calls is inlined into a function for AVX-512, another for AVX2 and one for the
+// baseline; the compiler vectorises each with the registers it may use.
 #pragma once
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -43,7 +43,7 @@ inline Target this_processor() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx2 && avx512 ? Target::AVX512 : avx2 ? Target::AVX2 : Target::BASELINE;
   }();
   return target;
@@ -52,12 +52,9 @@ inline Target this_processor() {
 template <class Body>
 void run_for_this_processor(const Body& body) {
   switch (this_processor()) {
-    case Target::AVX512:
-      return run_avx512(body);
-    case Target::AVX2:
-      return run_avx2(body);
-    case Target::BASELINE:
-      return run_baseline(body);
+    case Target::AVX512: return run_avx512(body);
+    case Target::AVX2: return run_avx2(body);
+    case Target::BASELINE: return run_baseline(body);
   }
 }
 

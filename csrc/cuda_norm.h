@@ -31,8 +31,8 @@ __device__ __forceinline__ float reciprocal_deviation(
   return reciprocal_root(squares[0] * inverse_width + eps);
 }
 
-// Ends a backward's part: adds up what its kGroups groups of kThreads threads summed, and writes the vectors that
-// somebody asks for to a.partials.
+// Ends a backward's part: adds up what its kGroups groups of kThreads threads summed, and writes the vectors
+// that somebody asks for to a.partials.
 template <int kThreads, int kGroups, bool kWide, class Arguments, int kSums, int kOctets>
 __device__ __forceinline__ void store_part(
     const Arguments& a, Octet (&sums)[kSums][kOctets], int thread, int group, int width, int octets) {
@@ -52,7 +52,8 @@ __device__ __forceinline__ void store_part(
 #pragma unroll
       for (int kind = 0; kind < kSums; ++kind)
 #pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane) sums[kind][0].value[lane] += others[other][kind][lane][thread];
+        for (int lane = 0; lane < kLanes; ++lane)
+          sums[kind][0].value[lane] += others[other][kind][lane][thread];
   }
 #pragma unroll
   for (int kind = 0; kind < kSums; ++kind)
@@ -60,7 +61,8 @@ __device__ __forceinline__ void store_part(
     for (int i = 0; i < kOctets; ++i) {
       const int octet = thread + i * kThreads;
       float* partials = a.partials + (int64_t(blockIdx.x) * kSums + kind) * a.width;
-      if (octet < octets && a.sums[kind] != nullptr) store_octet<kWide>(partials, octet, width, sums[kind][i]);
+      if (octet < octets && a.sums[kind] != nullptr)
+        store_octet<kWide>(partials, octet, width, sums[kind][i]);
     }
 }
 

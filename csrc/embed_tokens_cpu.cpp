@@ -12,8 +12,9 @@ alignas(64) constexpr T kZeros[kMaxNormWidth] = {};
 
 constexpr int kRowsAhead = 16;
 
-// Calls body(row, summands) for rows first … last - 1. Where they lie is asked for some rows ahead: beside the question
-// whether a row is text, the compiler splits the loop in two, and vectorises only one of both copies of its body.
+// Calls body(row, summands) for rows first … last - 1. Where they lie is asked for some rows ahead: beside
+// the question whether a row is text, the compiler splits the loop in two, and vectorises only one of both
+// copies of its body.
 template <class T, class Body>
 HOST_DEVICE void for_rows(const EmbedTokens& a, int64_t first, int64_t last, const Body& body) {
   Summands<T> ahead[kRowsAhead];

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU: what a kernel's source needs of CUDA, and a launch, block after block.
 //
-// By default each CUDA thread is a fiber of one thread: fast, and the order is known (warps in turn; every other
-// block begins with the last warp), so a missing barrier shows as a wrong result. With CUDA_ON_HOST_THREADS each is
-// a thread of its own, which the sanitizers watch. A barrier that only some threads reach, and a warp that is not
-// whole at a shuffle, end the run.
+// By default each CUDA thread is a fiber of one thread: fast, and the order is known (warps in turn; every
+// other block begins with the last warp), so a missing barrier shows as a wrong result. With
+// CUDA_ON_HOST_THREADS each is a thread of its own, which the sanitizers watch. A barrier that only some
+// threads reach, and a warp that is not whole at a shuffle, end the run.
 #pragma once
 
 #include <math.h>
@@ -190,7 +190,8 @@ struct Block {
       if (!alive) return;
       if (waiting == alive && alive != fibers.size())
         throw std::runtime_error("__syncthreads was reached by some threads while others had left");
-      if (waiting != alive && !ran) throw std::runtime_error("__syncthreads was reached by some threads only");
+      if (waiting != alive && !ran)
+        throw std::runtime_error("__syncthreads was reached by some threads only");
       if (waiting == alive)
         for (Fiber& fiber : fibers) fiber.state = State::READY;
     }
