@@ -5,12 +5,9 @@
 
 #include "launch.h"
 #include "library.h"
-#include "outputs.h"
 
 namespace blip2_kernels {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // An operator's inputs with adjacent channels, kept until it returns.
 struct Inputs {
@@ -27,10 +24,9 @@ Inputs check(const Tensor& x, const Tensor& residual, const Tensor& weight, cons
   check_rows("x", x, kMaxNormWidth);
   check_tensor("weight", weight, dtype, {width}, residual);
   if (input_bias) check_tensor("input_bias", *input_bias, dtype, {width}, residual);
-  Inputs inputs{
-      with_adjacent_channels(x), with_adjacent_channels(residual), with_adjacent_channels(weight), {}};
-  if (input_bias) inputs.input_bias = with_adjacent_channels(*input_bias);
-  return inputs;
+  return {
+      with_adjacent_channels(x), with_adjacent_channels(residual), with_adjacent_channels(weight),
+      with_adjacent_channels(input_bias)};
 }
 
 void fill(AddLayerNorm& arguments, const Inputs& inputs, const DropoutArguments& dropout) {
@@ -79,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check_tensor("mean", mean, ScalarType::Float, {rows}, residual);
   check_tensor("rstd", rstd, ScalarType::Float, {rows}, residual);
   AddLayerNormBackward arguments;
-  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, residual.size(0), residual));
+  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, rows, residual));
 
   const Tensor adjacent_grad = with_adjacent_channels(grad);
   const Tensor adjacent_mean = with_adjacent_channels(mean), adjacent_rstd = with_adjacent_channels(rstd);

@@ -12,10 +12,6 @@ struct Rows {
   const Dropout dropout;
   RowBuffers& buffers;
 
-  HOST_DEVICE float dropped(float value, int c, const uint16_t* lanes) const {
-    return kDrops ? drop(dropout, lanes[c], value) : value;
-  }
-
   // Fills buffers.hidden with what is normalised, and returns its sum.
   HOST_DEVICE float hidden(int64_t row) const {
     const X* __restrict x = static_cast<const X*>(a.x) + row * a.x_stride;
@@ -30,13 +26,13 @@ struct Rows {
 #pragma omp simd reduction(+ : sum)
       for (int c = 0; c < width; ++c) {
         const float value = to_float(x[c]) + to_float(input_bias[c]);
-        out[c] = to_float(residual[c]) + dropped(value, c, lanes);
+        out[c] = to_float(residual[c]) + dropped<kDrops>(dropout, lanes, c, value);
         sum += out[c];
       }
     } else {
 #pragma omp simd reduction(+ : sum)
       for (int c = 0; c < width; ++c) {
-        out[c] = to_float(residual[c]) + dropped(to_float(x[c]), c, lanes);
+        out[c] = to_float(residual[c]) + dropped<kDrops>(dropout, lanes, c, to_float(x[c]));
         sum += out[c];
       }
     }
@@ -98,7 +94,7 @@ HOST_DEVICE void backward_row(
 #pragma omp simd
   for (int c = 0; c < width; ++c) {
     const float dhidden = hidden_gradient(weighted[c], mean_weighted, normal[c], mean_product, rstd);
-    const float d = rows.dropped(dhidden, c, lanes);
+    const float d = dropped<kDrops>(rows.dropout, lanes, c, dhidden);
     dx[c] = from_float<X>(d);
     dinput_bias[c] += d;
     weighted[c] = dhidden;
@@ -123,16 +119,15 @@ template <bool kDrops, class X, class T>
 void forward(const AddLayerNormForward& a) {
   in_parallel(a.rows, a.width, [&](int64_t first, int64_t last) {
     RowBuffers buffers;
-    run_for_this_processor(
-        [&]() __attribute__((always_inline)) { forward_rows<kDrops, X, T>(a, buffers, first, last); });
+    run_for_this_processor([&]() ALWAYS_INLINE { forward_rows<kDrops, X, T>(a, buffers, first, last); });
   });
 }
 
 template <bool kDrops, class X, class T>
 void backward(const AddLayerNormBackward& a) {
-  in_parallel(a.parts, a.width * a.rows / std::max<int64_t>(a.parts, 1), [&](int64_t first, int64_t last) {
+  in_parallel_parts(a.parts, a.rows, a.width, [&](int64_t first, int64_t last) {
     RowBuffers buffers;
-    run_for_this_processor([&]() __attribute__((always_inline)) {
+    run_for_this_processor([&]() ALWAYS_INLINE {
       for (int64_t part = first; part < last; ++part) backward_part<kDrops, X, T>(a, buffers, part);
     });
   });

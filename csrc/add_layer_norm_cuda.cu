@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(
     return out;
   };
 
-  BackwardRow<X, T, kOctets> next = load(first + group);
+  BackwardRow<X, T, kOctets> next = load(int64_t(first) + group);
   Octet sums[kNormSums][kOctets];
 #pragma unroll
   for (int kind = 0; kind < kNormSums; ++kind)
@@ -154,8 +154,9 @@ __global__ void __launch_bounds__(
     for (int i = 0; i < kOctets; ++i) sums[kind][i] = zero_octet();
 
   int turn = 0;
-  for (int turn_row = first; turn_row < last; turn_row += kGroups, turn ^= 1) {
-    const int64_t row = turn_row + group;
+  // No part is empty, and a turn's first row fits an int; its others, and the next turn's, may not.
+  for (int turn_row = first;; turn_row += kGroups, turn ^= 1) {
+    const int64_t row = int64_t(turn_row) + group;
     const BackwardRow<X, T, kOctets> own = next;
     // The vectors are read again for every row, out of the first-level cache: registers are scarcer.
     Packed<T> weight[kOctets], input_bias[kOctets];
@@ -204,6 +205,7 @@ __global__ void __launch_bounds__(
       if (there) store_octet<kWide>(static_cast<X*>(a.dx) + row * a.width, octet, width, gradient);
       add_to(sums[2][i], gradient);
     }
+    if (last - turn_row <= kGroups) break;
   }
 
   store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);
@@ -239,52 +241,31 @@ template <class X, class T, int kThreads, int kGroups, int kOctets, bool kWide>
 const char* run_backward(const AddLayerNormBackward& a, void* stream) {
   const auto kernel = a.dropout.level != 0 ? backward_kernel<X, T, kThreads, kGroups, kOctets, kWide, true>
                                            : backward_kernel<X, T, kThreads, kGroups, kOctets, kWide, false>;
-  if (a.parts > 0) {
-    const char* error =
-        launch(kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
-    if (error != nullptr) return error;
-  }
-  const PartSums sums{a.partials, a.parts, kNormSums, a.width, {a.sums[0], a.sums[1], a.sums[2]}};
-  return sum_parts<T>(sums, stream);
+  return launch(kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
 }
 
 }  // namespace
 
-// A warp for rows of up to 1,024 channels, beyond that a block: a thread then holds 32 channels at most. Rows
-// that cannot be read in units of 16 bytes are rare, and get fewer kernels; they sum up in the same order.
 const char* add_layer_norm_cuda(const AddLayerNormForward& a, void* stream) {
   const char* error = nullptr;
   with_norm_formats(a, [&]<class X, class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<X, T>(a))
-      error = octets <= 128 ? run_forward<X, T, 32, 4, false>(a, stream)
-                            : run_forward<X, T, 128, 4, false>(a, stream);
-    else
-      error = octets <= 32    ? run_forward<X, T, 32, 1, true>(a, stream)
-              : octets <= 64  ? run_forward<X, T, 32, 2, true>(a, stream)
-              : octets <= 96  ? run_forward<X, T, 32, 3, true>(a, stream)
-              : octets <= 128 ? run_forward<X, T, 32, 4, true>(a, stream)
-              : octets <= 256 ? run_forward<X, T, 128, 2, true>(a, stream)
-                              : run_forward<X, T, 128, 4, true>(a, stream);
+    with_forward_threads(
+        octets_of(a.width), is_all_wide<X, T>(a), [&]<int kThreads, int kOctets, bool kWide>() {
+          error = run_forward<X, T, kThreads, kOctets, kWide>(a, stream);
+        });
   });
   return error;
 }
 
-// The backward holds three sums of every channel besides: fewer channels a thread.
 const char* add_layer_norm_backward_cuda(const AddLayerNormBackward& a, void* stream) {
   const char* error = nullptr;
   with_norm_formats(a, [&]<class X, class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<X, T>(a))
-      error = octets <= 32    ? run_backward<X, T, 32, 4, 1, false>(a, stream)
-              : octets <= 128 ? run_backward<X, T, 128, 2, 1, false>(a, stream)
-                              : run_backward<X, T, 256, 1, 2, false>(a, stream);
-    else
-      error = octets <= 32    ? run_backward<X, T, 32, 4, 1, true>(a, stream)
-              : octets <= 96  ? run_backward<X, T, 96, 2, 1, true>(a, stream)
-              : octets <= 128 ? run_backward<X, T, 128, 2, 1, true>(a, stream)
-              : octets <= 256 ? run_backward<X, T, 256, 1, 1, true>(a, stream)
-                              : run_backward<X, T, 256, 1, 2, true>(a, stream);
+    const auto run = [&]<int kThreads, int kGroups, int kOctets, bool kWide>() {
+      error = run_backward<X, T, kThreads, kGroups, kOctets, kWide>(a, stream);
+    };
+    if (a.parts > 0) with_backward_threads(octets_of(a.width), is_all_wide<X, T>(a), run);
+    const PartSums sums{a.partials, a.parts, kNormSums, a.width, {a.sums[0], a.sums[1], a.sums[2]}};
+    if (error == nullptr) error = sum_parts<T>(sums, stream);
   });
   return error;
 }

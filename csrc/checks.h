@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -20,6 +21,7 @@ namespace blip2_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 [[noreturn]] inline void refuse(const char* name, const std::string& expected, const std::string& got) {
   throw std::runtime_error(std::string(name) + ": expected " + expected + ", got " + got);
@@ -61,17 +63,22 @@ inline void check_tensor(
     refuse(name, "a tensor on the device of the others", describe(tensor));
 }
 
-// The tensor whose shape the others follow: [rows, width] of a floating dtype.
-inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width) {
+// The tensor that the others follow, of a floating dtype and `shape`, with channels last.
+inline void check_leader(
+    const char* name, const Tensor& tensor, const char* shape, int64_t dim, int64_t max_width) {
   const ScalarType dtype = tensor.scalar_type();
   const bool floats =
       dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  if (!floats || tensor.dim() != 2)
-    refuse(name, "float32, float16 or bfloat16 [rows, width]", describe(tensor));
-  if (tensor.size(0) >= int64_t(1) << 31) refuse(name, "fewer than 2^31 rows", describe(tensor));
-  if (tensor.size(1) < 1 || tensor.size(1) > max_width)
+  if (!floats || tensor.dim() != dim)
+    refuse(name, std::string("float32, float16 or bfloat16 ") + shape, describe(tensor));
+  if (tensor.size(dim - 1) < 1 || tensor.size(dim - 1) > max_width)
     refuse(name, "a width from 1 to " + std::to_string(max_width), describe(tensor));
   if (!tensor.is_cpu() && !tensor.is_cuda()) refuse(name, "a tensor on the CPU or on CUDA", describe(tensor));
+}
+
+inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width) {
+  check_leader(name, tensor, "[rows, width]", 2, max_width);
+  if (tensor.size(0) >= int64_t(1) << 31) refuse(name, "fewer than 2^31 rows", describe(tensor));
 }
 
 inline Format format_of(const Tensor& tensor) {
@@ -89,8 +96,8 @@ inline void check_eps(double eps) {
 // The arguments of dropout for so many rows beside a tensor; all but its probability are optional where that
 // is 0.
 inline DropoutArguments check_dropout(
-    double p, const std::optional<Tensor>& key, const std::optional<Tensor>& row_keys, int64_t place,
-    int64_t rows, const Tensor& beside) {
+    double p, const Optional& key, const Optional& row_keys, int64_t place, int64_t rows,
+    const Tensor& beside) {
   if (!(p >= 0 && p < 1)) refuse("dropout", "a number in [0, 1)", std::to_string(p));
   if (place < 0 || place >= int64_t(1) << 32) refuse("place", "an int in [0, 2^32)", std::to_string(place));
   if (p == 0) return {};

@@ -26,6 +26,12 @@ struct alignas(64) RowBuffers {
   }
 };
 
+// A value of channel c after dropout, if there is one; `lanes` are the random numbers of its row.
+template <bool kDrops>
+HOST_DEVICE float dropped(const Dropout& dropout, const uint16_t* lanes, int c, float value) {
+  return kDrops ? drop(dropout, lanes[c], value) : value;
+}
+
 // Channels that are summed up before their sum is added to that of the row: an error grows with what is added
 // one after the other.
 constexpr int kPiece = 512;

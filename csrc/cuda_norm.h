@@ -66,4 +66,36 @@ __device__ __forceinline__ void store_part(
     }
 }
 
+// Calls run.operator()<kThreads, kOctets, kWide>() with a forward's kernel for rows of so many octets: a warp
+// for rows of up to 1,024 channels, beyond that a block; a thread then holds 32 channels at most. Rows that
+// cannot be read in units of 16 bytes are rare, and get fewer kernels; they sum up in the same order.
+template <class Run>
+void with_forward_threads(int octets, bool wide, const Run& run) {
+  if (!wide)
+    octets <= 128 ? run.template operator()<32, 4, false>() : run.template operator()<128, 4, false>();
+  else
+    octets <= 32    ? run.template operator()<32, 1, true>()
+    : octets <= 64  ? run.template operator()<32, 2, true>()
+    : octets <= 96  ? run.template operator()<32, 3, true>()
+    : octets <= 128 ? run.template operator()<32, 4, true>()
+    : octets <= 256 ? run.template operator()<128, 2, true>()
+                    : run.template operator()<128, 4, true>();
+}
+
+// The same with <kThreads, kGroups, kOctets, kWide> of a backward. It holds sums of every channel besides:
+// fewer channels a thread.
+template <class Run>
+void with_backward_threads(int octets, bool wide, const Run& run) {
+  if (!wide)
+    octets <= 32    ? run.template operator()<32, 4, 1, false>()
+    : octets <= 128 ? run.template operator()<128, 2, 1, false>()
+                    : run.template operator()<256, 1, 2, false>();
+  else
+    octets <= 32    ? run.template operator()<32, 4, 1, true>()
+    : octets <= 96  ? run.template operator()<96, 2, 1, true>()
+    : octets <= 128 ? run.template operator()<128, 2, 1, true>()
+    : octets <= 256 ? run.template operator()<256, 1, 1, true>()
+                    : run.template operator()<256, 1, 2, true>();
+}
+
 }  // namespace blip2_kernels

@@ -7,12 +7,9 @@
 
 #include "launch.h"
 #include "library.h"
-#include "outputs.h"
 
 namespace blip2_kernels {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 int64_t rows_of(const Optional& tensor) { return tensor ? tensor->size(0) : 0; }
 
@@ -53,22 +50,10 @@ struct Inputs {
   int64_t width() const { return weight.size(0); }
 };
 
-Optional adjacent(const Optional& tensor) {
-  return tensor ? Optional(with_adjacent_channels(*tensor)) : Optional();
-}
-
 Inputs check(
     const Optional& queries, const Optional& words, const Optional& positions, const Optional& token_ids,
     const Optional& position_ids, int64_t query_rows, const Tensor& weight) {
-  const ScalarType dtype = weight.scalar_type();
-  const bool floats =
-      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  if (!floats || weight.dim() != 1)
-    refuse("weight", "float32, float16 or bfloat16 [width]", describe(weight));
-  if (weight.size(0) < 1 || weight.size(0) > kMaxNormWidth)
-    refuse("weight", "a width from 1 to " + std::to_string(kMaxNormWidth), describe(weight));
-  if (!weight.is_cpu() && !weight.is_cuda())
-    refuse("weight", "a tensor on the CPU or on CUDA", describe(weight));
+  check_leader("weight", weight, "[width]", 1, kMaxNormWidth);
   check_table("queries", queries, weight);
   check_table("words", words, weight);
   check_table("positions", positions, weight);
@@ -93,11 +78,11 @@ Inputs check(
   if (position_ids) check_ids("position_ids", position_ids, text_rows, rows_of(positions), weight);
 
   Inputs inputs{
-      adjacent(queries),
-      adjacent(words),
-      adjacent(positions),
-      adjacent(token_ids),
-      adjacent(position_ids),
+      with_adjacent_channels(queries),
+      with_adjacent_channels(words),
+      with_adjacent_channels(positions),
+      with_adjacent_channels(token_ids),
+      with_adjacent_channels(position_ids),
       with_adjacent_channels(weight),
       query_rows,
       text_rows};
@@ -162,7 +147,7 @@ struct TableGradient {
   TableGradient(
       const char* order_name, const Optional& table, const Optional& given_ids, const Optional& given_order,
       bool has_ids, const Inputs& inputs)
-      : ids(given_ids), order(adjacent(given_order)) {
+      : ids(given_ids), order(with_adjacent_channels(given_order)) {
     if (order) {
       if (!ids) refuse(order_name, "None where there are no ids", describe(*order));
       check_tensor(order_name, *order, ScalarType::Long, {inputs.text_rows}, inputs.weight);

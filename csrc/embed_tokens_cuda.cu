@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(
     return out;
   };
 
-  BackwardRow<T, kOctets> next = load(first + group);
+  BackwardRow<T, kOctets> next = load(int64_t(first) + group);
   Octet sums[kEmbedSums][kOctets];
 #pragma unroll
   for (int kind = 0; kind < kEmbedSums; ++kind)
@@ -148,8 +148,9 @@ __global__ void __launch_bounds__(
     for (int i = 0; i < kOctets; ++i) sums[kind][i] = zero_octet();
 
   int turn = 0;
-  for (int turn_row = first; turn_row < last; turn_row += kGroups, turn ^= 1) {
-    const int64_t row = turn_row + group;
+  // No part is empty, and a turn's first row fits an int; its others, and the next turn's, may not.
+  for (int turn_row = first;; turn_row += kGroups, turn ^= 1) {
+    const int64_t row = int64_t(turn_row) + group;
     const BackwardRow<T, kOctets> own = next;
     // Read again for every row, out of the first-level cache: registers are scarcer.
     Packed<T> weight[kOctets];
@@ -189,6 +190,7 @@ __global__ void __launch_bounds__(
             weighted[i].value[lane], mean_weighted, normal[i].value[lane], mean_product, own.rstd);
       if (row < last && octet < octets) store_octet<kWide>(a.dhidden + row * a.width, octet, width, gradient);
     }
+    if (last - turn_row <= kGroups) break;
   }
   store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);
 }
@@ -270,7 +272,6 @@ const char* run_forward(const EmbedTokensForward& a, void* stream) {
 
 template <class T, int kThreads, int kGroups, int kOctets, bool kWide>
 const char* run_backward(const EmbedTokensBackward& a, void* stream) {
-  if (a.parts == 0) return nullptr;
   const auto kernel = a.dropout.level != 0 ? backward_kernel<T, kThreads, kGroups, kOctets, kWide, true>
                                            : backward_kernel<T, kThreads, kGroups, kOctets, kWide, false>;
   return launch(kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
@@ -288,41 +289,23 @@ const char* sum_lists(const RowLists& a, void* stream) {
 
 }  // namespace
 
-// A warp for rows of up to 1,024 channels, beyond that a block: a thread then holds 32 channels at most. Rows
-// that cannot be read in units of 16 bytes are rare, and get fewer kernels; they sum up in the same order.
 const char* embed_tokens_forward_cuda(const EmbedTokensForward& a, void* stream) {
   const char* error = nullptr;
   with_format(a.format, [&]<class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<T>(a))
-      error =
-          octets <= 128 ? run_forward<T, 32, 4, false>(a, stream) : run_forward<T, 128, 4, false>(a, stream);
-    else
-      error = octets <= 32    ? run_forward<T, 32, 1, true>(a, stream)
-              : octets <= 64  ? run_forward<T, 32, 2, true>(a, stream)
-              : octets <= 96  ? run_forward<T, 32, 3, true>(a, stream)
-              : octets <= 128 ? run_forward<T, 32, 4, true>(a, stream)
-              : octets <= 256 ? run_forward<T, 128, 2, true>(a, stream)
-                              : run_forward<T, 128, 4, true>(a, stream);
+    with_forward_threads(octets_of(a.width), is_all_wide<T>(a), [&]<int kThreads, int kOctets, bool kWide>() {
+      error = run_forward<T, kThreads, kOctets, kWide>(a, stream);
+    });
   });
   return error;
 }
 
-// The backward holds two sums of every channel besides: fewer channels a thread.
 const char* embed_tokens_backward_cuda(const EmbedTokensBackward& a, void* stream) {
   const char* error = nullptr;
   with_format(a.format, [&]<class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<T>(a))
-      error = octets <= 32    ? run_backward<T, 32, 4, 1, false>(a, stream)
-              : octets <= 128 ? run_backward<T, 128, 2, 1, false>(a, stream)
-                              : run_backward<T, 256, 1, 2, false>(a, stream);
-    else
-      error = octets <= 32    ? run_backward<T, 32, 4, 1, true>(a, stream)
-              : octets <= 96  ? run_backward<T, 96, 2, 1, true>(a, stream)
-              : octets <= 128 ? run_backward<T, 128, 2, 1, true>(a, stream)
-              : octets <= 256 ? run_backward<T, 256, 1, 1, true>(a, stream)
-                              : run_backward<T, 256, 1, 2, true>(a, stream);
+    const auto run = [&]<int kThreads, int kGroups, int kOctets, bool kWide>() {
+      error = run_backward<T, kThreads, kGroups, kOctets, kWide>(a, stream);
+    };
+    if (a.parts > 0) with_backward_threads(octets_of(a.width), is_all_wide<T>(a), run);
     const PartSums sums{a.partials, a.parts, kEmbedSums, a.width, {a.sums[0], a.sums[1], nullptr}};
     if (error == nullptr) error = sum_parts<T>(sums, stream);
     for (const RowLists* lists : {&a.dqueries, &a.dwords, &a.dpositions})

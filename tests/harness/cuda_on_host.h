@@ -36,6 +36,9 @@ struct Index {
 };
 inline thread_local Index index;
 
+// How many blocks of a grid run along each of its sides, the last ones; 0 for all.
+inline unsigned last_blocks = 0;
+
 // What the lanes of a warp hand one another.
 struct Mailbox {
   unsigned char slot[kWarp][16];
@@ -213,8 +216,11 @@ inline void run(dim3 grid, dim3 size, const std::function<void()>& kernel) {
   Block own(size.x);
   own.kernel = &kernel;
   block = &own;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
+  const auto first = [](unsigned count) {
+    return last_blocks && last_blocks < count ? count - last_blocks : 0;
+  };
+  for (unsigned y = first(grid.y); y < grid.y; ++y)
+    for (unsigned x = first(grid.x); x < grid.x; ++x) {
       index = {dim3(0), dim3(x, y), size, grid};
       for (Fiber& fiber : own.fibers) {
         fiber.state = State::READY;
