@@ -2,9 +2,9 @@
 
     python bench/row_ops.py [--pairs 31] [--threads 1 2] [--dtype float32] [--only NAME] [--json FILE]
 
-Results are compared first. Then calls are timed in turn: compiled, plain, and a copy that reads and writes as
-many bytes as the operator has to, the latter to new memory too: the roofline. Medians with p20 and p80, also
-of the ratios in a round.
+Results are compared first. Then calls are timed in turn: compiled, plain, and a copy of as many bytes as the
+operator has to read and write, which is the roofline (into memory that is there: an operator's new pages come
+on top). Medians with p20 and p80, and the median of the ratios in a round.
 """
 
 import argparse
@@ -139,10 +139,11 @@ def measure(case: Case, backward: bool, pairs: int, clock: str) -> dict[str, obj
             raise SystemExit(f"{case.label}: wrong results, not timed")
     moved = case.moved(backward)
     source = torch.randn(moved // 8)
+    target = torch.empty_like(source)
     runs = {
         "compiled": lambda: compute(case, "csrc", case.tensors, grad),
         "plain": lambda: compute(case, "reference", case.tensors, grad),
-        "copy": source.clone,
+        "copy": lambda: target.copy_(source),
     }
     rounds = [{name: milliseconds(run, CLOCKS[clock]) for name, run in runs.items()} for _ in range(pairs)]
     timings = {name: Timing.of([times[name] for times in rounds]) for name in runs}

@@ -7,6 +7,10 @@
 
 namespace blip2_kernels {
 
+// A summand of rows that have one less than others.
+template <class T>
+alignas(64) constexpr T kZeros[kMaxNormWidth] = {};
+
 struct alignas(64) RowBuffers {
   float hidden[kMaxNormWidth];
   float weighted[kMaxNormWidth];

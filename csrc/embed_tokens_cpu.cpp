@@ -6,10 +6,6 @@
 namespace blip2_kernels {
 namespace {
 
-// The second summand of rows that have but one.
-template <class T>
-alignas(64) constexpr T kZeros[kMaxNormWidth] = {};
-
 constexpr int kRowsAhead = 16;
 
 // Calls body(row, summands) for rows first … last - 1. Where they lie is asked for some rows ahead: beside
