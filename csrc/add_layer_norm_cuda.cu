@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(
     return out;
   };
 
-  BackwardRow<X, T, kOctets> next = load(int64_t(first) + group);
+  BackwardRow<X, T, kOctets> next = load(first + group);
   Octet sums[kNormSums][kOctets];
 #pragma unroll
   for (int kind = 0; kind < kNormSums; ++kind)
@@ -154,9 +154,8 @@ __global__ void __launch_bounds__(
     for (int i = 0; i < kOctets; ++i) sums[kind][i] = zero_octet();
 
   int turn = 0;
-  // No part is empty, and a turn's first row fits an int; its others, and the next turn's, may not.
-  for (int turn_row = first;; turn_row += kGroups, turn ^= 1) {
-    const int64_t row = int64_t(turn_row) + group;
+  for (int turn_row = first; turn_row < last; turn_row += kGroups, turn ^= 1) {
+    const int64_t row = turn_row + group;
     const BackwardRow<X, T, kOctets> own = next;
     // The vectors are read again for every row, out of the first-level cache: registers are scarcer.
     Packed<T> weight[kOctets], input_bias[kOctets];
@@ -205,7 +204,6 @@ __global__ void __launch_bounds__(
       if (there) store_octet<kWide>(static_cast<X*>(a.dx) + row * a.width, octet, width, gradient);
       add_to(sums[2][i], gradient);
     }
-    if (last - turn_row <= kGroups) break;
   }
 
   store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);

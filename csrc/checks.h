@@ -16,6 +16,7 @@
 
 #include "number.h"
 #include "philox.h"
+#include "row_sums.h"
 
 namespace blip2_kernels {
 
@@ -78,7 +79,7 @@ inline void check_leader(
 
 inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width) {
   check_leader(name, tensor, "[rows, width]", 2, max_width);
-  if (tensor.size(0) >= int64_t(1) << 31) refuse(name, "fewer than 2^31 rows", describe(tensor));
+  if (tensor.size(0) > kMaxRows) refuse(name, "at most 2^31 - 8 rows", describe(tensor));
 }
 
 inline Format format_of(const Tensor& tensor) {

@@ -66,11 +66,11 @@ Inputs check(
   if (token_ids && token_ids->dim() != 1) refuse("token_ids", "int64 [text rows]", describe(*token_ids));
   if (token_ids && !words) refuse("words", "a table beside token_ids", "None");
   if (positions && !words) refuse("words", "a table beside positions", "None");
-  const int64_t text_rows = rows_of(token_ids ? token_ids : words), limit = int64_t(1) << 31;
-  if (query_rows >= limit || text_rows >= limit - query_rows)
+  const int64_t text_rows = rows_of(token_ids ? token_ids : words);
+  if (query_rows > kMaxRows || text_rows > kMaxRows - query_rows)
     refuse(
         text_rows ? token_ids ? "token_ids" : "words" : "query_rows",
-        "fewer than 2^31 rows with those of the queries",
+        "at most 2^31 - 8 rows with those of the queries",
         std::to_string(query_rows) + " and " + describe_optional(token_ids ? token_ids : words));
   if (token_ids) check_ids("token_ids", token_ids, text_rows, rows_of(words), weight);
   if (positions && !position_ids) refuse("position_ids", "int64 [text rows] beside positions", "None");

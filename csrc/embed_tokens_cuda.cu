@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(
     return out;
   };
 
-  BackwardRow<T, kOctets> next = load(int64_t(first) + group);
+  BackwardRow<T, kOctets> next = load(first + group);
   Octet sums[kEmbedSums][kOctets];
 #pragma unroll
   for (int kind = 0; kind < kEmbedSums; ++kind)
@@ -148,9 +148,8 @@ __global__ void __launch_bounds__(
     for (int i = 0; i < kOctets; ++i) sums[kind][i] = zero_octet();
 
   int turn = 0;
-  // No part is empty, and a turn's first row fits an int; its others, and the next turn's, may not.
-  for (int turn_row = first;; turn_row += kGroups, turn ^= 1) {
-    const int64_t row = int64_t(turn_row) + group;
+  for (int turn_row = first; turn_row < last; turn_row += kGroups, turn ^= 1) {
+    const int64_t row = turn_row + group;
     const BackwardRow<T, kOctets> own = next;
     // Read again for every row, out of the first-level cache: registers are scarcer.
     Packed<T> weight[kOctets];
@@ -190,7 +189,6 @@ __global__ void __launch_bounds__(
             weighted[i].value[lane], mean_weighted, normal[i].value[lane], mean_product, own.rstd);
       if (row < last && octet < octets) store_octet<kWide>(a.dhidden + row * a.width, octet, width, gradient);
     }
-    if (last - turn_row <= kGroups) break;
   }
   store_part<kThreads, kGroups, kWide>(a, sums, thread, group, width, octets);
 }

@@ -7,6 +7,10 @@
 
 namespace blip2_kernels {
 
+// Rows that an operator takes. CUDA kernels go through the rows of a part in ints by steps of up to four, whose last
+// ends behind the rows: 64 bits, or unsigned ones, cost registers.
+constexpr int64_t kMaxRows = (int64_t(1) << 31) - 8;
+
 HOST_DEVICE int64_t first_row_of_part(int64_t part, int64_t parts, int64_t rows) {
   const int64_t each = rows / parts, left = rows % parts;
   return part * each + (part < left ? part : left);

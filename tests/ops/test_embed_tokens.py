@@ -424,8 +424,8 @@ NAMED = (
         (3, torch.tensor([0, 1, -1, 2]), "token_ids: expected values in [0, 11), got -1"),
         (
             3,
-            torch.zeros(1).long().expand(1 << 31),
-            "token_ids: expected fewer than 2^31 rows with those of the",
+            torch.zeros(1).long().expand((1 << 31) - 13),
+            "token_ids: expected at most 2^31 - 8 rows with those of the",
         ),
         (4, torch.zeros(3).long(), "position_ids: expected int64 [4], got int64 [3]"),
         (4, torch.tensor([0, 1, 9, 2]), "position_ids: expected values in [0, 9), got 9"),
@@ -434,7 +434,7 @@ NAMED = (
         (
             5,
             3 << 31,
-            "token_ids: expected fewer than 2^31 rows with those of the queries, got 6442450944 and",
+            "token_ids: expected at most 2^31 - 8 rows with those of the queries, got 6442450944 and",
         ),
         (6, torch.ones(12, 1), "weight: expected float32, float16 or bfloat16 [width], got float32 [12, 1]"),
         (
