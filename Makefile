@@ -20,6 +20,7 @@ JOBS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c $(VENV)/constraints.txt
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p no:benchmark
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/harness/*.h tests/harness/*.cpp)
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
@@ -39,8 +40,8 @@ help:
 	@echo "                 (make bench ARGS=--only=stage1 is a part; pytest bench/ takes a few minutes)"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
 	@echo "                 CUDA extension, tests, measures, writes bench/results (ARGS=--full for all of it)"
-	@echo "make lint        ruff and mypy"
-	@echo "make format      let ruff format the code"
+	@echo "make lint        ruff, mypy and clang-format"
+	@echo "make format      let ruff and clang-format format the code"
 	@echo "make clean       remove $(VENV) and the caches (runs/ stays)"
 	@echo "Options (PYTHON, VENV, TORCH, CONSTRAINTS, PIP_ARGS, ARGS, JOBS) are explained at the top of the Makefile."
 
@@ -75,14 +76,16 @@ gpu-report:
 	@$(PYTHON) bench/gpu_report.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
-	@echo "== lint: ruff check, ruff format --check, mypy"
+	@echo "== lint: ruff check, ruff format --check, mypy, clang-format"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

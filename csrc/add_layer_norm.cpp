@@ -3,14 +3,11 @@
 
 #include <tuple>
 
-#include "library.h"
-#include "outputs.h"
 #include "launch.h"
+#include "library.h"
 
 namespace blip2_kernels {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // An operator's inputs with adjacent channels, kept until it returns.
 struct Inputs {
@@ -18,8 +15,7 @@ struct Inputs {
   Optional input_bias;
 };
 
-Inputs check(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, const Optional& input_bias) {
+Inputs check(const Tensor& x, const Tensor& residual, const Tensor& weight, const Optional& input_bias) {
   check_rows("residual", residual, kMaxNormWidth);
   const ScalarType dtype = residual.scalar_type();
   const int64_t rows = residual.size(0), width = residual.size(1);
@@ -28,9 +24,9 @@ Inputs check(
   check_rows("x", x, kMaxNormWidth);
   check_tensor("weight", weight, dtype, {width}, residual);
   if (input_bias) check_tensor("input_bias", *input_bias, dtype, {width}, residual);
-  Inputs inputs{with_adjacent_channels(x), with_adjacent_channels(residual), with_adjacent_channels(weight), {}};
-  if (input_bias) inputs.input_bias = with_adjacent_channels(*input_bias);
-  return inputs;
+  return {
+      with_adjacent_channels(x), with_adjacent_channels(residual), with_adjacent_channels(weight),
+      with_adjacent_channels(input_bias)};
 }
 
 void fill(AddLayerNorm& arguments, const Inputs& inputs, const DropoutArguments& dropout) {
@@ -48,8 +44,9 @@ void fill(AddLayerNorm& arguments, const Inputs& inputs, const DropoutArguments&
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, const Optional& input_bias,
-    double eps, double dropout, const Optional& dropout_key, const Optional& row_keys, int64_t place) {
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+    const Optional& input_bias, double eps, double dropout, const Optional& dropout_key,
+    const Optional& row_keys, int64_t place) {
   const Inputs inputs = check(x, residual, weight, input_bias);
   check_tensor("bias", bias, residual.scalar_type(), {residual.size(1)}, residual);
   check_eps(eps);
@@ -69,16 +66,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& x, const Tensor& residual, const Tensor& weight, const Optional& input_bias,
-    const Tensor& mean, const Tensor& rstd, double dropout, const Optional& dropout_key, const Optional& row_keys,
-    int64_t place) {
+    const Tensor& grad, const Tensor& x, const Tensor& residual, const Tensor& weight,
+    const Optional& input_bias, const Tensor& mean, const Tensor& rstd, double dropout,
+    const Optional& dropout_key, const Optional& row_keys, int64_t place) {
   const Inputs inputs = check(x, residual, weight, input_bias);
   const int64_t rows = residual.size(0), width = residual.size(1);
   check_tensor("grad", grad, residual.scalar_type(), {rows, width}, residual);
   check_tensor("mean", mean, ScalarType::Float, {rows}, residual);
   check_tensor("rstd", rstd, ScalarType::Float, {rows}, residual);
   AddLayerNormBackward arguments;
-  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, residual.size(0), residual));
+  fill(arguments, inputs, check_dropout(dropout, dropout_key, row_keys, place, rows, residual));
 
   const Tensor adjacent_grad = with_adjacent_channels(grad);
   const Tensor adjacent_mean = with_adjacent_channels(mean), adjacent_rstd = with_adjacent_channels(rstd);

@@ -1,4 +1,5 @@
-// out = LayerNorm(residual + dropout(x + input_bias)), forward and backward: arguments, arithmetic, launchers.
+// out = LayerNorm(residual + dropout(x + input_bias)), forward and backward: arguments, arithmetic,
+// launchers.
 #pragma once
 
 #include "layer_norm.h"

@@ -11,7 +11,8 @@ constexpr int kForwardBlock = 128;  // threads
 // What is normalised of a row: residual + dropout(x + input_bias).
 template <bool kDrops>
 __device__ __forceinline__ Octet hidden_octet(
-    Octet x, const Octet& residual, const Octet& input_bias, const Dropout& dropout, int32_t row_key, int octet) {
+    Octet x, const Octet& residual, const Octet& input_bias, const Dropout& dropout, int32_t row_key,
+    int octet) {
   add_to(x, input_bias);
   if constexpr (kDrops) drop_octet(x, dropout, row_key, octet);
 #pragma unroll
@@ -19,15 +20,16 @@ __device__ __forceinline__ Octet hidden_octet(
   return x;
 }
 
-// Loads are under way before anything is computed: of a row's x and residual and of input_bias, then of the other two
-// vectors. So many registers hold them; rows that are read number by number take what they need.
+// Loads are under way before anything is computed: of a row's x and residual and of input_bias, then of the
+// other two vectors. So many registers hold them; rows that are read number by number take what they need.
 template <class X, class T, int kOctets, bool kWide>
 constexpr int kForwardRegisters = kWide ? 28 + kOctets * (kWords<X> + 2 * kWords<T>) : 248;
 
 // Grid: groups of as many rows as a block has. kThreads threads own a row; each holds kOctets octets.
 template <class X, class T, int kThreads, int kOctets, bool kWide, bool kDrops>
 __global__ void __launch_bounds__(
-    kForwardBlock, resident(kForwardBlock, kForwardRegisters<X, T, kOctets, kWide> + (kDrops ? 4 * kOctets : 0)))
+    kForwardBlock,
+    resident(kForwardBlock, kForwardRegisters<X, T, kOctets, kWide> + (kDrops ? 4 * kOctets : 0)))
     forward_kernel(AddLayerNormForward a, float inverse_width) {
   __shared__ float memory[2][kForwardBlock / kWarp][1];
   const int thread = threadIdx.x % kThreads;
@@ -104,14 +106,17 @@ struct BackwardRow {
 
 // The least that nvcc does not spill at, or nearly: the fewer, the more warps wait for memory at once.
 template <class X, class T, int kThreads, int kOctets, bool kWide, bool kDrops>
-constexpr int kBackwardRegisters =
-    kOctets > 1 || !kWide ? 168 : kWords<X> + kWords<T> > 8 ? 128 : kDrops || kThreads > 128 ? 96 : 80;
+constexpr int kBackwardRegisters = kOctets > 1 || !kWide       ? 168
+                                   : kWords<X> + kWords<T> > 8 ? 128
+                                   : kDrops || kThreads > 128  ? 96
+                                                               : 80;
 
-// Grid: parts of the rows. kThreads threads own a row, kGroups of them share a part: they go through its rows by
-// turns and hold their sums.
+// Grid: parts of the rows. kThreads threads own a row, kGroups of them share a part: they go through its rows
+// by turns and hold their sums.
 template <class X, class T, int kThreads, int kGroups, int kOctets, bool kWide, bool kDrops>
 __global__ void __launch_bounds__(
-    kThreads* kGroups, resident(kThreads* kGroups, kBackwardRegisters<X, T, kThreads, kOctets, kWide, kDrops>))
+    kThreads* kGroups,
+    resident(kThreads* kGroups, kBackwardRegisters<X, T, kThreads, kOctets, kWide, kDrops>))
     backward_kernel(AddLayerNormBackward a, float inverse_width) {
   // Two rows' worth: a thread may begin the next row while another still reads the sums of this one.
   __shared__ float memory[2][kThreads * kGroups / kWarp][2];
@@ -128,10 +133,11 @@ __global__ void __launch_bounds__(
     for (int i = 0; i < kOctets; ++i) {
       const int octet = thread + i * kThreads;
       const bool there = row_there && octet < octets;
-      out.grad[i] = fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, octet, width, there);
+      out.grad[i] =
+          fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, octet, width, there);
       out.x[i] = fetch_octet<kWide>(static_cast<const X*>(a.x) + row * a.x_stride, octet, width, there);
-      out.residual[i] =
-          fetch_octet<kWide>(static_cast<const T*>(a.residual) + row * a.residual_stride, octet, width, there);
+      out.residual[i] = fetch_octet<kWide>(
+          static_cast<const T*>(a.residual) + row * a.residual_stride, octet, width, there);
     }
     // Of no row, nothing counts: its gradient is 0.
     out.mean = row_there ? a.mean[row] : 0.0f;
@@ -158,15 +164,16 @@ __global__ void __launch_bounds__(
       const int octet = thread + i * kThreads;
       const bool there = octet < octets;
       weight[i] = fetch_octet<kWide>(static_cast<const T*>(a.weight), octet, width, there);
-      input_bias[i] =
-          fetch_octet<kWide>(static_cast<const T*>(a.input_bias), octet, width, there && a.input_bias != nullptr);
+      input_bias[i] = fetch_octet<kWide>(
+          static_cast<const T*>(a.input_bias), octet, width, there && a.input_bias != nullptr);
     }
     Octet normal[kOctets], weighted[kOctets];
     float row_sums[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       const Octet hidden = hidden_octet<kDrops>(
-          unpack(own.x[i]), unpack(own.residual[i]), unpack(input_bias[i]), dropout, own.key, thread + i * kThreads);
+          unpack(own.x[i]), unpack(own.residual[i]), unpack(input_bias[i]), dropout, own.key,
+          thread + i * kThreads);
       const Octet grad = unpack(own.grad[i]), factor = unpack(weight[i]);
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -205,7 +212,7 @@ __global__ void __launch_bounds__(
 template <class X, class T>
 bool all_wide(const AddLayerNorm& a) {
   return a.width % kLanes == 0 && is_wide<X>(a.x, a.x_stride) && is_wide<T>(a.residual, a.residual_stride) &&
-      is_wide<T>(a.weight, 0) && is_wide<T>(a.input_bias, 0);
+         is_wide<T>(a.weight, 0) && is_wide<T>(a.input_bias, 0);
 }
 
 template <class X, class T>
@@ -216,7 +223,7 @@ bool is_all_wide(const AddLayerNormForward& a) {
 template <class X, class T>
 bool is_all_wide(const AddLayerNormBackward& a) {
   return all_wide<X, T>(a) && is_wide<T>(a.grad, a.grad_stride) && is_wide<X>(a.dx, a.width) &&
-      is_wide<T>(a.dresidual, a.width) && is_wide<float>(a.partials, a.width);
+         is_wide<T>(a.dresidual, a.width) && is_wide<float>(a.partials, a.width);
 }
 
 template <class X, class T, int kThreads, int kOctets, bool kWide>
@@ -232,51 +239,31 @@ template <class X, class T, int kThreads, int kGroups, int kOctets, bool kWide>
 const char* run_backward(const AddLayerNormBackward& a, void* stream) {
   const auto kernel = a.dropout.level != 0 ? backward_kernel<X, T, kThreads, kGroups, kOctets, kWide, true>
                                            : backward_kernel<X, T, kThreads, kGroups, kOctets, kWide, false>;
-  if (a.parts > 0) {
-    const char* error = launch(
-        kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
-    if (error != nullptr) return error;
-  }
-  const PartSums sums{a.partials, a.parts, kNormSums, a.width, {a.sums[0], a.sums[1], a.sums[2]}};
-  return sum_parts<T>(sums, stream);
+  return launch(kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
 }
 
 }  // namespace
 
-// A warp for rows of up to 1,024 channels, beyond that a block: a thread then holds 32 channels at most. Rows that
-// cannot be read in units of 16 bytes are rare, and get fewer kernels; they sum up in the same order.
 const char* add_layer_norm_cuda(const AddLayerNormForward& a, void* stream) {
   const char* error = nullptr;
   with_norm_formats(a, [&]<class X, class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<X, T>(a))
-      error = octets <= 128 ? run_forward<X, T, 32, 4, false>(a, stream) : run_forward<X, T, 128, 4, false>(a, stream);
-    else
-      error = octets <= 32 ? run_forward<X, T, 32, 1, true>(a, stream)
-          : octets <= 64   ? run_forward<X, T, 32, 2, true>(a, stream)
-          : octets <= 96   ? run_forward<X, T, 32, 3, true>(a, stream)
-          : octets <= 128  ? run_forward<X, T, 32, 4, true>(a, stream)
-          : octets <= 256  ? run_forward<X, T, 128, 2, true>(a, stream)
-                           : run_forward<X, T, 128, 4, true>(a, stream);
+    with_forward_threads(
+        octets_of(a.width), is_all_wide<X, T>(a), [&]<int kThreads, int kOctets, bool kWide>() {
+          error = run_forward<X, T, kThreads, kOctets, kWide>(a, stream);
+        });
   });
   return error;
 }
 
-// The backward holds three sums of every channel besides: fewer channels a thread.
 const char* add_layer_norm_backward_cuda(const AddLayerNormBackward& a, void* stream) {
   const char* error = nullptr;
   with_norm_formats(a, [&]<class X, class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<X, T>(a))
-      error = octets <= 32 ? run_backward<X, T, 32, 4, 1, false>(a, stream)
-          : octets <= 128  ? run_backward<X, T, 128, 2, 1, false>(a, stream)
-                           : run_backward<X, T, 256, 1, 2, false>(a, stream);
-    else
-      error = octets <= 32 ? run_backward<X, T, 32, 4, 1, true>(a, stream)
-          : octets <= 96   ? run_backward<X, T, 96, 2, 1, true>(a, stream)
-          : octets <= 128  ? run_backward<X, T, 128, 2, 1, true>(a, stream)
-          : octets <= 256  ? run_backward<X, T, 256, 1, 1, true>(a, stream)
-                           : run_backward<X, T, 256, 1, 2, true>(a, stream);
+    const auto run = [&]<int kThreads, int kGroups, int kOctets, bool kWide>() {
+      error = run_backward<X, T, kThreads, kGroups, kOctets, kWide>(a, stream);
+    };
+    if (a.parts > 0) with_backward_threads(octets_of(a.width), is_all_wide<X, T>(a), run);
+    const PartSums sums{a.partials, a.parts, kNormSums, a.width, {a.sums[0], a.sums[1], a.sums[2]}};
+    if (error == nullptr) error = sum_parts<T>(sums, stream);
   });
   return error;
 }

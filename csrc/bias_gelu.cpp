@@ -9,8 +9,6 @@
 namespace blip2_kernels {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 // The inputs with adjacent channels, kept until the operator returns.
 struct Inputs {
   Tensor x;
@@ -22,9 +20,9 @@ struct Inputs {
       const bool floats = given_bias->scalar_type() == ScalarType::Float;
       const ScalarType dtype = floats ? ScalarType::Float : given_x.scalar_type();
       check_tensor("bias", *given_bias, dtype, {given_x.size(1)}, given_x);
-      bias = with_adjacent_channels(*given_bias);
     }
     x = with_adjacent_channels(given_x);
+    bias = with_adjacent_channels(given_bias);
   }
 
   void fill(BiasGelu& arguments) const {

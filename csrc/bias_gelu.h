@@ -30,8 +30,8 @@ struct BiasGeluBackward : BiasGelu {
   int64_t parts;
 };
 
-// Parts that keep a GPU busy in the backward, where each takes a warp for every 256 channels: 32 warps on each of the
-// 132 multiprocessors of an H100 or H200.
+// Parts that keep a GPU busy in the backward, where each takes a warp for every 256 channels: 32 warps on
+// each of the 132 multiprocessors of an H100 or H200.
 inline int64_t gelu_parts(int64_t width) {
   const int64_t parts = 32 * 132 / ((width + 255) / 256);
   return parts < 1 ? 1 : parts < 1024 ? parts : 1024;

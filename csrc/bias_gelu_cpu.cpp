@@ -41,14 +41,14 @@ HOST_DEVICE void backward_part(const BiasGeluBackward& a, int64_t part) {
 template <bool kBias, class T, class B>
 void forward(const BiasGeluForward& a) {
   in_parallel(a.rows, a.width, [&](int64_t first, int64_t last) {
-    run_for_this_processor([&]() __attribute__((always_inline)) { forward_rows<kBias, T, B>(a, first, last); });
+    run_for_this_processor([&]() ALWAYS_INLINE { forward_rows<kBias, T, B>(a, first, last); });
   });
 }
 
 template <bool kBias, class T, class B>
 void backward(const BiasGeluBackward& a) {
-  in_parallel(a.parts, a.width * a.rows / std::max<int64_t>(a.parts, 1), [&](int64_t first, int64_t last) {
-    run_for_this_processor([&]() __attribute__((always_inline)) {
+  in_parallel_parts(a.parts, a.rows, a.width, [&](int64_t first, int64_t last) {
+    run_for_this_processor([&]() ALWAYS_INLINE {
       for (int64_t part = first; part < last; ++part) backward_part<kBias, T, B>(a, part);
     });
   });
@@ -58,11 +58,13 @@ void backward(const BiasGeluBackward& a) {
 }  // namespace
 
 void bias_gelu_cpu(const BiasGeluForward& a) {
-  with_gelu_formats(a, [&]<class T, class B>() { a.bias ? forward<true, T, B>(a) : forward<false, T, B>(a); });
+  with_gelu_formats(
+      a, [&]<class T, class B>() { a.bias ? forward<true, T, B>(a) : forward<false, T, B>(a); });
 }
 
 void bias_gelu_backward_cpu(const BiasGeluBackward& a) {
-  with_gelu_formats(a, [&]<class T, class B>() { a.bias ? backward<true, T, B>(a) : backward<false, T, B>(a); });
+  with_gelu_formats(
+      a, [&]<class T, class B>() { a.bias ? backward<true, T, B>(a) : backward<false, T, B>(a); });
 }
 
 }  // namespace blip2_kernels

@@ -14,7 +14,9 @@ constexpr int kBackwardRows = 2;
 
 // Blocks that a multiprocessor shall hold: the registers of a thread are bounded so.
 template <class T, bool kWide>
-constexpr int kForwardBlocks = !kWide ? 4 : sizeof(T) == 2 ? 8 : 5;
+constexpr int kForwardBlocks = !kWide           ? 4
+                               : sizeof(T) == 2 ? 8
+                                                : 5;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, bool kWide>
 constexpr int kBackwardBlocks = kWide ? 5 : 4;  // arithmetic on pairs of floats takes more registers
@@ -28,13 +30,15 @@ struct Place {
   int64_t part;
 
   __device__ static Place here() {
-    return {int(blockIdx.x * kWarp + threadIdx.x % kWarp), int64_t(blockIdx.y) * kWarps + threadIdx.x / kWarp};
+    return {
+        int(blockIdx.x * kWarp + threadIdx.x % kWarp), int64_t(blockIdx.y) * kWarps + threadIdx.x / kWarp};
   }
 };
 
 // Parts are of kForwardRows rows; a warp goes through every `parts`-th.
 template <class T, class B, bool kWide>
-__global__ void __launch_bounds__(kBlock, kForwardBlocks<T, kWide>) forward_kernel(BiasGeluForward a, int64_t parts) {
+__global__ void __launch_bounds__(kBlock, kForwardBlocks<T, kWide>)
+    forward_kernel(BiasGeluForward a, int64_t parts) {
   const Place place = Place::here();
   const int width = int(a.width);
   if (place.octet >= octets_of(width)) return;
@@ -76,7 +80,8 @@ __global__ void __launch_bounds__(kBlock, kBackwardBlocks<T, kWide>) backward_ke
       const int64_t row = first + i;
       const bool there = row < last;
       x[i] = fetch_octet<kWide>(static_cast<const T*>(a.x) + row * a.x_stride, place.octet, width, there);
-      grad[i] = fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, place.octet, width, there);
+      grad[i] =
+          fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, place.octet, width, there);
     }
 #pragma unroll
     for (int i = 0; i < kBackwardRows; ++i) {
@@ -124,7 +129,7 @@ const char* bias_gelu_backward_cuda(const BiasGeluBackward& given, void* stream)
     BiasGeluBackward a = given;
     if (a.parts > kMaxGrid * kWarps) a.parts = kMaxGrid * kWarps;
     const bool wide = all_wide<T, B>(a) && is_wide<T>(a.grad, a.grad_stride) && is_wide<T>(a.dx, a.width) &&
-        is_wide<float>(a.partials, a.width);
+                      is_wide<float>(a.partials, a.width);
     const auto kernel = wide ? backward_kernel<T, B, true> : backward_kernel<T, B, false>;
     if (a.parts > 0) error = launch(kernel, grid_of(a.width, a.parts), dim3(kBlock), stream, a);
     if (error == nullptr && a.dbias != nullptr)

@@ -1,10 +1,12 @@
-// Checks of tensors before anything is launched. An error names the argument, what was expected and what came.
-// Text is joined from strings, never through a stream: libc10 exports constructors of string streams, and where the
-// C++ runtime is linked in statically a stream would be made by one runtime and written to by another, which crashes.
+// Checks of tensors before anything is launched. An error names the argument, what was expected and what
+// came. Text is joined from strings, never through a stream: libc10 exports constructors of string streams,
+// and where the C++ runtime is linked in statically a stream would be made by one runtime and written to by
+// another, which crashes.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
@@ -14,11 +16,13 @@
 
 #include "number.h"
 #include "philox.h"
+#include "row_sums.h"
 
 namespace blip2_kernels {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 [[noreturn]] inline void refuse(const char* name, const std::string& expected, const std::string& got) {
   throw std::runtime_error(std::string(name) + ": expected " + expected + ", got " + got);
@@ -26,20 +30,13 @@ using torch::stable::Tensor;
 
 inline std::string describe(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "dtype " + std::to_string(int(dtype));
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "dtype " + std::to_string(int(dtype));
   }
 }
 
@@ -57,7 +54,8 @@ inline std::string describe(const Tensor& tensor) {
 }
 
 inline void check_tensor(
-    const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes, const Tensor& beside) {
+    const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes,
+    const Tensor& beside) {
   bool fits = tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) fits = fits && tensor.size(i++) == size;
@@ -66,26 +64,29 @@ inline void check_tensor(
     refuse(name, "a tensor on the device of the others", describe(tensor));
 }
 
-// The tensor whose shape the others follow: [rows, width] of a floating dtype.
-inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width) {
+// The tensor that the others follow, of a floating dtype and `shape`, with channels last.
+inline void check_leader(
+    const char* name, const Tensor& tensor, const char* shape, int64_t dim, int64_t max_width) {
   const ScalarType dtype = tensor.scalar_type();
-  const bool floats = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  if (!floats || tensor.dim() != 2)
-    refuse(name, "float32, float16 or bfloat16 [rows, width]", describe(tensor));
-  if (tensor.size(0) >= int64_t(1) << 31) refuse(name, "fewer than 2^31 rows", describe(tensor));
-  if (tensor.size(1) < 1 || tensor.size(1) > max_width)
+  const bool floats =
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  if (!floats || tensor.dim() != dim)
+    refuse(name, std::string("float32, float16 or bfloat16 ") + shape, describe(tensor));
+  if (tensor.size(dim - 1) < 1 || tensor.size(dim - 1) > max_width)
     refuse(name, "a width from 1 to " + std::to_string(max_width), describe(tensor));
   if (!tensor.is_cpu() && !tensor.is_cuda()) refuse(name, "a tensor on the CPU or on CUDA", describe(tensor));
 }
 
+inline void check_rows(const char* name, const Tensor& tensor, int64_t max_width) {
+  check_leader(name, tensor, "[rows, width]", 2, max_width);
+  if (tensor.size(0) > kMaxRows) refuse(name, "at most 2^31 - 8 rows", describe(tensor));
+}
+
 inline Format format_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return Format::FLOAT16;
-    case ScalarType::BFloat16:
-      return Format::BFLOAT16;
-    default:
-      return Format::FLOAT32;
+    case ScalarType::Half: return Format::FLOAT16;
+    case ScalarType::BFloat16: return Format::BFLOAT16;
+    default: return Format::FLOAT32;
   }
 }
 
@@ -93,9 +94,10 @@ inline void check_eps(double eps) {
   if (!(eps >= 0 && eps < INFINITY)) refuse("eps", "a finite number >= 0", std::to_string(eps));
 }
 
-// The arguments of dropout for so many rows beside a tensor; all but its probability are optional where that is 0.
+// The arguments of dropout for so many rows beside a tensor; all but its probability are optional where that
+// is 0.
 inline DropoutArguments check_dropout(
-    double p, const std::optional<Tensor>& key, const std::optional<Tensor>& row_keys, int64_t place, int64_t rows,
+    double p, const Optional& key, const Optional& row_keys, int64_t place, int64_t rows,
     const Tensor& beside) {
   if (!(p >= 0 && p < 1)) refuse("dropout", "a number in [0, 1)", std::to_string(p));
   if (place < 0 || place >= int64_t(1) << 32) refuse("place", "an int in [0, 2^32)", std::to_string(place));

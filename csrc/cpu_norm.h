@@ -7,6 +7,10 @@
 
 namespace blip2_kernels {
 
+// A summand of rows that have one less than others.
+template <class T>
+alignas(64) constexpr T kZeros[kMaxNormWidth] = {};
+
 struct alignas(64) RowBuffers {
   float hidden[kMaxNormWidth];
   float weighted[kMaxNormWidth];
@@ -26,8 +30,14 @@ struct alignas(64) RowBuffers {
   }
 };
 
-// Channels that are summed up before their sum is added to that of the row: an error grows with what is added one
-// after the other.
+// A value of channel c after dropout, if there is one; `lanes` are the random numbers of its row.
+template <bool kDrops>
+HOST_DEVICE float dropped(const Dropout& dropout, const uint16_t* lanes, int c, float value) {
+  return kDrops ? drop(dropout, lanes[c], value) : value;
+}
+
+// Channels that are summed up before their sum is added to that of the row: an error grows with what is added
+// one after the other.
 constexpr int kPiece = 512;
 
 HOST_DEVICE float reciprocal_deviation(const float* __restrict hidden, int width, float mean, float eps) {

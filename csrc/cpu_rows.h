@@ -19,15 +19,28 @@ void in_parallel(int64_t count, int64_t elements, const Body& body) {
   torch::stable::parallel_for(0, count, grain, body);
 }
 
+// Calls body(first, last) for ranges of the parts that rows of this width fall into.
+template <class Body>
+void in_parallel_parts(int64_t parts, int64_t rows, int64_t width, const Body& body) {
+  in_parallel(parts, width * rows / std::max<int64_t>(parts, 1), body);
+}
+
+// Adds up the parts of each column in their order; of several columns at a time, which lie side by side.
 template <class T>
 void store_sum(const float* partials, int64_t parts, int64_t stride, int64_t width, void* sums) {
+  constexpr int kColumns = 64;
   T* out = static_cast<T*>(sums);
   in_parallel(width, parts, [&](int64_t first, int64_t last) {
-    run_for_this_processor([&]() __attribute__((always_inline)) {
-      for (int64_t c = first; c < last; ++c) {
-        double sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += partials[part * stride + c];
-        out[c] = from_float<T>(float(sum));
+    run_for_this_processor([&]() ALWAYS_INLINE {
+      for (int64_t column = first; column < last; column += kColumns) {
+        const int count = int(std::min<int64_t>(kColumns, last - column));
+        double total[kColumns] = {};
+        for (int64_t part = 0; part < parts; ++part) {
+          const float* __restrict row = partials + part * stride + column;
+#pragma omp simd
+          for (int c = 0; c < count; ++c) total[c] += row[c];
+        }
+        for (int c = 0; c < count; ++c) out[column + c] = from_float<T>(float(total[c]));
       }
     });
   });
@@ -65,7 +78,7 @@ void store_lists(const RowLists& a) {
   const int64_t owners = a.owners(), rows_each = a.count / std::max<int64_t>(owners, 1);
   in_parallel(owners, a.width * std::max<int64_t>(rows_each, 1), [&](int64_t first, int64_t last) {
     double sums[kMaxWidth];
-    run_for_this_processor([&]() __attribute__((always_inline)) {
+    run_for_this_processor([&]() ALWAYS_INLINE {
       for (int64_t entry = first; entry < last; ++entry) {
         const int64_t destination = a.owned(entry);
         if (destination >= 0) store_list<T>(a, entry, destination, sums);

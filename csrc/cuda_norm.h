@@ -31,8 +31,8 @@ __device__ __forceinline__ float reciprocal_deviation(
   return reciprocal_root(squares[0] * inverse_width + eps);
 }
 
-// Ends a backward's part: adds up what its kGroups groups of kThreads threads summed, and writes the vectors that
-// somebody asks for to a.partials.
+// Ends a backward's part: adds up what its kGroups groups of kThreads threads summed, and writes the vectors
+// that somebody asks for to a.partials.
 template <int kThreads, int kGroups, bool kWide, class Arguments, int kSums, int kOctets>
 __device__ __forceinline__ void store_part(
     const Arguments& a, Octet (&sums)[kSums][kOctets], int thread, int group, int width, int octets) {
@@ -52,7 +52,8 @@ __device__ __forceinline__ void store_part(
 #pragma unroll
       for (int kind = 0; kind < kSums; ++kind)
 #pragma unroll
-        for (int lane = 0; lane < kLanes; ++lane) sums[kind][0].value[lane] += others[other][kind][lane][thread];
+        for (int lane = 0; lane < kLanes; ++lane)
+          sums[kind][0].value[lane] += others[other][kind][lane][thread];
   }
 #pragma unroll
   for (int kind = 0; kind < kSums; ++kind)
@@ -60,8 +61,41 @@ __device__ __forceinline__ void store_part(
     for (int i = 0; i < kOctets; ++i) {
       const int octet = thread + i * kThreads;
       float* partials = a.partials + (int64_t(blockIdx.x) * kSums + kind) * a.width;
-      if (octet < octets && a.sums[kind] != nullptr) store_octet<kWide>(partials, octet, width, sums[kind][i]);
+      if (octet < octets && a.sums[kind] != nullptr)
+        store_octet<kWide>(partials, octet, width, sums[kind][i]);
     }
+}
+
+// Calls run.operator()<kThreads, kOctets, kWide>() with a forward's kernel for rows of so many octets: a warp
+// for rows of up to 1,024 channels, beyond that a block; a thread then holds 32 channels at most. Rows that
+// cannot be read in units of 16 bytes are rare, and get fewer kernels; they sum up in the same order.
+template <class Run>
+void with_forward_threads(int octets, bool wide, const Run& run) {
+  if (!wide)
+    octets <= 128 ? run.template operator()<32, 4, false>() : run.template operator()<128, 4, false>();
+  else
+    octets <= 32    ? run.template operator()<32, 1, true>()
+    : octets <= 64  ? run.template operator()<32, 2, true>()
+    : octets <= 96  ? run.template operator()<32, 3, true>()
+    : octets <= 128 ? run.template operator()<32, 4, true>()
+    : octets <= 256 ? run.template operator()<128, 2, true>()
+                    : run.template operator()<128, 4, true>();
+}
+
+// The same with <kThreads, kGroups, kOctets, kWide> of a backward. It holds sums of every channel besides:
+// fewer channels a thread.
+template <class Run>
+void with_backward_threads(int octets, bool wide, const Run& run) {
+  if (!wide)
+    octets <= 32    ? run.template operator()<32, 4, 1, false>()
+    : octets <= 128 ? run.template operator()<128, 2, 1, false>()
+                    : run.template operator()<256, 1, 2, false>();
+  else
+    octets <= 32    ? run.template operator()<32, 4, 1, true>()
+    : octets <= 96  ? run.template operator()<96, 2, 1, true>()
+    : octets <= 128 ? run.template operator()<128, 2, 1, true>()
+    : octets <= 256 ? run.template operator()<256, 1, 1, true>()
+                    : run.template operator()<256, 1, 2, true>();
 }
 
 }  // namespace blip2_kernels

@@ -15,9 +15,9 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sums over the kThreads threads of a row, the same in each: a warp, or several, which bring memory for kCount
-// numbers a warp of the block. All threads of the block take part, and between two calls with the same memory they
-// must have met.
+// Sums over the kThreads threads of a row, the same in each: a warp, or several, which bring memory for
+// kCount numbers a warp of the block. All threads of the block take part, and between two calls with the same
+// memory they must have met.
 template <int kThreads, int kCount>
 __device__ __forceinline__ void sum_over_row(float (&values)[kCount], float (*memory)[kCount]) {
 #pragma unroll
@@ -50,10 +50,10 @@ constexpr int kColumns = 16;  // of a block
 constexpr int kSlices = 16;   // threads that share the parts of a column
 constexpr int kBatch = 16;    // loads of a thread that are under way at once
 
-// Grid: groups of kColumns columns × vectors. A block owns such a group of one vector: slices of the parts are added
-// up in order, then the slices.
+// Grid: groups of kColumns columns × vectors. A block owns such a group of one vector: slices of the parts
+// are added up in order, then the slices.
 template <class T>
-__global__ void __launch_bounds__(kColumns * kSlices) sum_parts_kernel(PartSums a) {
+__global__ void __launch_bounds__(kColumns* kSlices) sum_parts_kernel(PartSums a) {
   __shared__ float slices[kSlices][kColumns];
   const int lane = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
   const int64_t column = int64_t(blockIdx.x) * kColumns + lane;

@@ -1,18 +1,15 @@
-// The operator embed_tokens: what it refuses, what it returns, and which launcher runs it. The operator that callers
-// see is defined in Python (blip2_kernels/ops/embed_tokens/compiled.py): its forward hands this one the device's flag
-// for ids that are out of range, which no schema with a gradient may mention.
+// The operator embed_tokens: what it refuses, what it returns, and which launcher runs it. The operator that
+// callers see is defined in Python (blip2_kernels/ops/embed_tokens/compiled.py): its forward hands this one
+// the device's flag for ids that are out of range, which no schema with a gradient may mention.
 #include "embed_tokens.h"
 
 #include <tuple>
 
 #include "launch.h"
 #include "library.h"
-#include "outputs.h"
 
 namespace blip2_kernels {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 int64_t rows_of(const Optional& tensor) { return tensor ? tensor->size(0) : 0; }
 
@@ -21,13 +18,15 @@ std::string describe_optional(const Optional& tensor) { return tensor ? describe
 // A table [any number of rows, width] beside weight.
 void check_table(const char* name, const Optional& table, const Tensor& weight) {
   if (!table) return;
-  const std::string expected = describe(weight.scalar_type()) + " [rows, " + std::to_string(weight.size(0)) + "]";
+  const std::string expected =
+      describe(weight.scalar_type()) + " [rows, " + std::to_string(weight.size(0)) + "]";
   if (table->dim() != 2) refuse(name, expected, describe(*table));
   check_tensor(name, *table, weight.scalar_type(), {table->size(0), weight.size(0)}, weight);
 }
 
 // Numbers of rows of a table: one for each of `rows` text rows.
-void check_ids(const char* name, const Optional& ids, int64_t rows, int64_t table_rows, const Tensor& weight) {
+void check_ids(
+    const char* name, const Optional& ids, int64_t rows, int64_t table_rows, const Tensor& weight) {
   check_tensor(name, *ids, ScalarType::Long, {rows}, weight);
   if (rows > 0 && table_rows == 0) refuse(name, "int64 [0] where the table has no rows", describe(*ids));
 }
@@ -51,41 +50,42 @@ struct Inputs {
   int64_t width() const { return weight.size(0); }
 };
 
-Optional adjacent(const Optional& tensor) {
-  return tensor ? Optional(with_adjacent_channels(*tensor)) : Optional();
-}
-
 Inputs check(
     const Optional& queries, const Optional& words, const Optional& positions, const Optional& token_ids,
     const Optional& position_ids, int64_t query_rows, const Tensor& weight) {
-  const ScalarType dtype = weight.scalar_type();
-  const bool floats = dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  if (!floats || weight.dim() != 1) refuse("weight", "float32, float16 or bfloat16 [width]", describe(weight));
-  if (weight.size(0) < 1 || weight.size(0) > kMaxNormWidth)
-    refuse("weight", "a width from 1 to " + std::to_string(kMaxNormWidth), describe(weight));
-  if (!weight.is_cpu() && !weight.is_cuda()) refuse("weight", "a tensor on the CPU or on CUDA", describe(weight));
+  check_leader("weight", weight, "[width]", 1, kMaxNormWidth);
   check_table("queries", queries, weight);
   check_table("words", words, weight);
   check_table("positions", positions, weight);
 
   const int64_t each = rows_of(queries);
   if (query_rows < 0 || (each ? query_rows % each : query_rows) != 0)
-    refuse("query_rows", "a multiple of the " + std::to_string(each) + " rows of queries", std::to_string(query_rows));
+    refuse(
+        "query_rows", "a multiple of the " + std::to_string(each) + " rows of queries",
+        std::to_string(query_rows));
   if (token_ids && token_ids->dim() != 1) refuse("token_ids", "int64 [text rows]", describe(*token_ids));
   if (token_ids && !words) refuse("words", "a table beside token_ids", "None");
   if (positions && !words) refuse("words", "a table beside positions", "None");
-  const int64_t text_rows = rows_of(token_ids ? token_ids : words), limit = int64_t(1) << 31;
-  if (query_rows >= limit || text_rows >= limit - query_rows)
+  const int64_t text_rows = rows_of(token_ids ? token_ids : words);
+  if (query_rows > kMaxRows || text_rows > kMaxRows - query_rows)
     refuse(
-        text_rows ? token_ids ? "token_ids" : "words" : "query_rows", "fewer than 2^31 rows with those of the queries",
+        text_rows ? token_ids ? "token_ids" : "words" : "query_rows",
+        "at most 2^31 - 8 rows with those of the queries",
         std::to_string(query_rows) + " and " + describe_optional(token_ids ? token_ids : words));
   if (token_ids) check_ids("token_ids", token_ids, text_rows, rows_of(words), weight);
   if (positions && !position_ids) refuse("position_ids", "int64 [text rows] beside positions", "None");
   if (position_ids && !positions) refuse("positions", "a table beside position_ids", "None");
   if (position_ids) check_ids("position_ids", position_ids, text_rows, rows_of(positions), weight);
 
-  Inputs inputs{adjacent(queries),  adjacent(words),  adjacent(positions),
-                adjacent(token_ids), adjacent(position_ids), with_adjacent_channels(weight), query_rows, text_rows};
+  Inputs inputs{
+      with_adjacent_channels(queries),
+      with_adjacent_channels(words),
+      with_adjacent_channels(positions),
+      with_adjacent_channels(token_ids),
+      with_adjacent_channels(position_ids),
+      with_adjacent_channels(weight),
+      query_rows,
+      text_rows};
   check_values("token_ids", inputs.token_ids, rows_of(words));
   check_values("position_ids", inputs.position_ids, rows_of(positions));
   return inputs;
@@ -117,7 +117,8 @@ void fill(EmbedTokens& arguments, const Inputs& inputs, const DropoutArguments& 
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Optional& queries, const Optional& words, const Optional& positions, const Optional& token_ids,
     const Optional& position_ids, int64_t query_rows, const Tensor& weight, const Tensor& bias, double eps,
-    double dropout, const Optional& dropout_key, const Optional& row_keys, int64_t place, const Optional& errors) {
+    double dropout, const Optional& dropout_key, const Optional& row_keys, int64_t place,
+    const Optional& errors) {
   const Inputs inputs = check(queries, words, positions, token_ids, position_ids, query_rows, weight);
   check_tensor("bias", bias, weight.scalar_type(), {inputs.width()}, weight);
   check_eps(eps);
@@ -146,7 +147,7 @@ struct TableGradient {
   TableGradient(
       const char* order_name, const Optional& table, const Optional& given_ids, const Optional& given_order,
       bool has_ids, const Inputs& inputs)
-      : ids(given_ids), order(adjacent(given_order)) {
+      : ids(given_ids), order(with_adjacent_channels(given_order)) {
     if (order) {
       if (!ids) refuse(order_name, "None where there are no ids", describe(*order));
       check_tensor(order_name, *order, ScalarType::Long, {inputs.text_rows}, inputs.weight);
@@ -168,8 +169,9 @@ struct TableGradient {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Optional& queries, const Optional& words, const Optional& positions,
     const Optional& token_ids, const Optional& position_ids, int64_t query_rows, const Optional& token_order,
-    const Optional& position_order, int64_t padding_idx, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-    double dropout, const Optional& dropout_key, const Optional& row_keys, int64_t place) {
+    const Optional& position_order, int64_t padding_idx, const Tensor& weight, const Tensor& mean,
+    const Tensor& rstd, double dropout, const Optional& dropout_key, const Optional& row_keys,
+    int64_t place) {
   const Inputs inputs = check(queries, words, positions, token_ids, position_ids, query_rows, weight);
   const int64_t rows = inputs.rows(), width = inputs.width();
   check_tensor("grad", grad, weight.scalar_type(), {rows, width}, weight);
@@ -185,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor adjacent_mean = with_adjacent_channels(mean), adjacent_rstd = with_adjacent_channels(rstd);
   Tensor dweight = new_vector(weight, width), dbias = new_vector(weight, width);
   const int64_t parts = parts_of(rows, kNormParts, weight);
-  Tensor partials = new_floats(weight, parts * kEmbedSums * width), dhidden = new_floats(weight, rows * width);
+  Tensor partials = new_floats(weight, parts * kEmbedSums * width),
+         dhidden = new_floats(weight, rows * width);
   arguments.grad = adjacent_grad.const_data_ptr();
   arguments.grad_stride = adjacent_grad.stride(0);
   arguments.mean = static_cast<const float*>(adjacent_mean.const_data_ptr());

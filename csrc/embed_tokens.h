@@ -1,5 +1,5 @@
-// out = dropout(LayerNorm(rows)), forward and backward, where the rows are the query tokens of every sample and behind
-// them the text: a word and a position embedding each. Arguments, arithmetic, launchers.
+// out = dropout(LayerNorm(rows)), forward and backward, where the rows are the query tokens of every sample
+// and behind them the text: a word and a position embedding each. Arguments, arithmetic, launchers.
 #pragma once
 
 #include "layer_norm.h"
@@ -17,7 +17,8 @@ struct Table {
   int64_t rows;
 };
 
-// Row r < query_rows is query r % queries.rows; row query_rows + i is word token_ids[i] plus position position_ids[i].
+// Row r < query_rows is query r % queries.rows; row query_rows + i is word token_ids[i] plus position
+// position_ids[i].
 struct EmbedTokens {
   Format format;  // of everything that is not float
   int64_t rows;
@@ -33,8 +34,8 @@ struct EmbedTokens {
 struct EmbedTokensForward : EmbedTokens {
   const void* bias;
   float eps;
-  void* out;        // adjacent rows
-  float* mean;      // [rows]
+  void* out;    // adjacent rows
+  float* mean;  // [rows]
   float* rstd;
   int32_t* errors;  // [1], set where an id is out of range; null where that was asked before
 };
@@ -47,7 +48,7 @@ struct EmbedTokensBackward : EmbedTokens {
   float* dhidden;   // [rows, width]: gradient of what was normalised
   float* partials;  // [parts, kEmbedSums, width]: the sums of consecutive rows
   int64_t parts;
-  void* sums[kEmbedSums];  // dweight, dbias
+  void* sums[kEmbedSums];                 // dweight, dbias
   RowLists dqueries, dwords, dpositions;  // without a destination where nobody asks
 };
 

@@ -6,14 +6,11 @@
 namespace blip2_kernels {
 namespace {
 
-// The second summand of rows that have but one.
-template <class T>
-alignas(64) constexpr T kZeros[kMaxNormWidth] = {};
-
 constexpr int kRowsAhead = 16;
 
-// Calls body(row, summands) for rows first … last - 1. Where they lie is asked for some rows ahead: beside the question
-// whether a row is text, the compiler splits the loop in two, and vectorises only one of both copies of its body.
+// Calls body(row, summands) for rows first … last - 1. Where they lie is asked for some rows ahead: beside
+// the question whether a row is text, the compiler splits the loop in two, and vectorises only one of both
+// copies of its body.
 template <class T, class Body>
 HOST_DEVICE void for_rows(const EmbedTokens& a, int64_t first, int64_t last, const Body& body) {
   Summands<T> ahead[kRowsAhead];
@@ -41,11 +38,6 @@ HOST_DEVICE float gather(const Summands<T>& summands, int width, float* __restri
   return sum;
 }
 
-template <bool kDrops>
-HOST_DEVICE float dropped(const Dropout& dropout, const uint16_t* lanes, int c, float value) {
-  return kDrops ? drop(dropout, lanes[c], value) : value;
-}
-
 template <bool kDrops, class T>
 HOST_DEVICE void forward_rows(const EmbedTokensForward& a, RowBuffers& buffers, int64_t first, int64_t last) {
   const Dropout dropout = Dropout::of(a.dropout);
@@ -54,7 +46,7 @@ HOST_DEVICE void forward_rows(const EmbedTokensForward& a, RowBuffers& buffers, 
   const T* __restrict bias = static_cast<const T*>(a.bias);
   const float* __restrict hidden = buffers.hidden;
   const uint16_t* lanes = buffers.lanes();
-  for_rows<T>(a, first, last, [&](int64_t row, const Summands<T>& summands) __attribute__((always_inline)) {
+  for_rows<T>(a, first, last, [&](int64_t row, const Summands<T>& summands) ALWAYS_INLINE {
     if constexpr (kDrops) buffers.draw(dropout, a.dropout.row_keys[row], width);
     const float mean = gather(summands, width, buffers.hidden) / width;
     const float rstd = reciprocal_deviation(hidden, width, mean, a.eps);
@@ -115,7 +107,7 @@ HOST_DEVICE void backward_part(const EmbedTokensBackward& a, RowBuffers& buffers
   for (int64_t i = 0; i < kEmbedSums * a.width; ++i) sums[i] = 0;
   const int64_t last = first_row_of_part(part + 1, a.parts, a.rows);
   const int64_t first = first_row_of_part(part, a.parts, a.rows);
-  for_rows<T>(a, first, last, [&](int64_t row, const Summands<T>& summands) __attribute__((always_inline)) {
+  for_rows<T>(a, first, last, [&](int64_t row, const Summands<T>& summands) ALWAYS_INLINE {
     backward_row<kDrops, T>(a, dropout, buffers, row, summands, sums);
   });
 }
@@ -124,16 +116,15 @@ template <bool kDrops, class T>
 void forward(const EmbedTokensForward& a) {
   in_parallel(a.rows, a.width, [&](int64_t first, int64_t last) {
     RowBuffers buffers;
-    run_for_this_processor(
-        [&]() __attribute__((always_inline)) { forward_rows<kDrops, T>(a, buffers, first, last); });
+    run_for_this_processor([&]() ALWAYS_INLINE { forward_rows<kDrops, T>(a, buffers, first, last); });
   });
 }
 
 template <bool kDrops, class T>
 void backward(const EmbedTokensBackward& a) {
-  in_parallel(a.parts, a.width * a.rows / std::max<int64_t>(a.parts, 1), [&](int64_t first, int64_t last) {
+  in_parallel_parts(a.parts, a.rows, a.width, [&](int64_t first, int64_t last) {
     RowBuffers buffers;
-    run_for_this_processor([&]() __attribute__((always_inline)) {
+    run_for_this_processor([&]() ALWAYS_INLINE {
       for (int64_t part = first; part < last; ++part) backward_part<kDrops, T>(a, buffers, part);
     });
   });

@@ -102,11 +102,13 @@ struct BackwardRow {
 
 // The least that nvcc does not spill at, or nearly: the fewer, the more warps wait for memory at once.
 template <class T, int kThreads, int kOctets, bool kWide, bool kDrops>
-constexpr int kBackwardRegisters =
-    kOctets > 1 || !kWide ? 168 : kWords<T> > 4 ? 128 : kDrops || kThreads > 128 ? 96 : 80;
+constexpr int kBackwardRegisters = kOctets > 1 || !kWide      ? 168
+                                   : kWords<T> > 4            ? 128
+                                   : kDrops || kThreads > 128 ? 96
+                                                              : 80;
 
-// Grid: parts of the rows. kThreads threads own a row, kGroups of them share a part: they go through its rows by
-// turns, write what flows back to each, and hold the sums for weight and bias.
+// Grid: parts of the rows. kThreads threads own a row, kGroups of them share a part: they go through its rows
+// by turns, write what flows back to each, and hold the sums for weight and bias.
 template <class T, int kThreads, int kGroups, int kOctets, bool kWide, bool kDrops>
 __global__ void __launch_bounds__(
     kThreads* kGroups, resident(kThreads* kGroups, kBackwardRegisters<T, kThreads, kOctets, kWide, kDrops>))
@@ -127,7 +129,8 @@ __global__ void __launch_bounds__(
     for (int i = 0; i < kOctets; ++i) {
       const int octet = thread + i * kThreads;
       const bool there = row_there && octet < octets;
-      out.grad[i] = fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, octet, width, there);
+      out.grad[i] =
+          fetch_octet<kWide>(static_cast<const T*>(a.grad) + row * a.grad_stride, octet, width, there);
       out.summands[i] = fetch_summands<kWide>(summands, octet, width, there);
     }
     // Of no row, nothing counts: its gradient is 0.
@@ -193,10 +196,10 @@ __global__ void __launch_bounds__(
 constexpr int kListWarps = 8;  // share the rows of a destination
 constexpr int kListBatch = 4;  // rows of a warp that are under way at once
 
-// Grid: who may own a destination × slices of 32 octets. The warps of a block take the owner's rows by turns, a thread
-// an octet of each; then their sums are added in order.
+// Grid: who may own a destination × slices of 32 octets. The warps of a block take the owner's rows by turns,
+// a thread an octet of each; then their sums are added in order.
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kWarp * kListWarps) sum_lists_kernel(RowLists a) {
+__global__ void __launch_bounds__(kWarp* kListWarps) sum_lists_kernel(RowLists a) {
   __shared__ float others[kListWarps - 1][kLanes][kWarp];
   const int64_t owner = blockIdx.x, destination = a.owned(owner);
   if (destination < 0) return;
@@ -241,8 +244,8 @@ bool is_table_wide(const Table& table) {
 
 template <class T>
 bool all_wide(const EmbedTokens& a) {
-  return a.width % kLanes == 0 && is_table_wide<T>(a.queries) && is_table_wide<T>(a.words) && is_table_wide<T>(a.positions) &&
-      is_wide<T>(a.weight, 0);
+  return a.width % kLanes == 0 && is_table_wide<T>(a.queries) && is_table_wide<T>(a.words) &&
+         is_table_wide<T>(a.positions) && is_wide<T>(a.weight, 0);
 }
 
 template <class T>
@@ -253,7 +256,7 @@ bool is_all_wide(const EmbedTokensForward& a) {
 template <class T>
 bool is_all_wide(const EmbedTokensBackward& a) {
   return all_wide<T>(a) && is_wide<T>(a.grad, a.grad_stride) && is_wide<float>(a.dhidden, a.width) &&
-      is_wide<float>(a.partials, a.width);
+         is_wide<float>(a.partials, a.width);
 }
 
 template <class T, int kThreads, int kOctets, bool kWide>
@@ -267,11 +270,9 @@ const char* run_forward(const EmbedTokensForward& a, void* stream) {
 
 template <class T, int kThreads, int kGroups, int kOctets, bool kWide>
 const char* run_backward(const EmbedTokensBackward& a, void* stream) {
-  if (a.parts == 0) return nullptr;
   const auto kernel = a.dropout.level != 0 ? backward_kernel<T, kThreads, kGroups, kOctets, kWide, true>
                                            : backward_kernel<T, kThreads, kGroups, kOctets, kWide, false>;
-  return launch(
-      kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
+  return launch(kernel, dim3(unsigned(a.parts)), dim3(kThreads * kGroups), stream, a, 1.0f / float(a.width));
 }
 
 template <class T>
@@ -279,45 +280,30 @@ const char* sum_lists(const RowLists& a, void* stream) {
   if (a.out == nullptr || a.owners() == 0) return nullptr;
   const dim3 grid(unsigned(a.owners()), unsigned((octets_of(a.width) + kWarp - 1) / kWarp));
   const bool wide = a.width % kLanes == 0 && is_wide<float>(a.rows, a.width) && is_wide<T>(a.out, a.width);
-  return launch(wide ? sum_lists_kernel<T, true> : sum_lists_kernel<T, false>, grid, dim3(kWarp * kListWarps), stream, a);
+  return launch(
+      wide ? sum_lists_kernel<T, true> : sum_lists_kernel<T, false>, grid, dim3(kWarp * kListWarps), stream,
+      a);
 }
 
 }  // namespace
 
-// A warp for rows of up to 1,024 channels, beyond that a block: a thread then holds 32 channels at most. Rows that
-// cannot be read in units of 16 bytes are rare, and get fewer kernels; they sum up in the same order.
 const char* embed_tokens_forward_cuda(const EmbedTokensForward& a, void* stream) {
   const char* error = nullptr;
   with_format(a.format, [&]<class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<T>(a))
-      error = octets <= 128 ? run_forward<T, 32, 4, false>(a, stream) : run_forward<T, 128, 4, false>(a, stream);
-    else
-      error = octets <= 32 ? run_forward<T, 32, 1, true>(a, stream)
-          : octets <= 64   ? run_forward<T, 32, 2, true>(a, stream)
-          : octets <= 96   ? run_forward<T, 32, 3, true>(a, stream)
-          : octets <= 128  ? run_forward<T, 32, 4, true>(a, stream)
-          : octets <= 256  ? run_forward<T, 128, 2, true>(a, stream)
-                           : run_forward<T, 128, 4, true>(a, stream);
+    with_forward_threads(octets_of(a.width), is_all_wide<T>(a), [&]<int kThreads, int kOctets, bool kWide>() {
+      error = run_forward<T, kThreads, kOctets, kWide>(a, stream);
+    });
   });
   return error;
 }
 
-// The backward holds two sums of every channel besides: fewer channels a thread.
 const char* embed_tokens_backward_cuda(const EmbedTokensBackward& a, void* stream) {
   const char* error = nullptr;
   with_format(a.format, [&]<class T>() {
-    const int octets = octets_of(a.width);
-    if (!is_all_wide<T>(a))
-      error = octets <= 32 ? run_backward<T, 32, 4, 1, false>(a, stream)
-          : octets <= 128  ? run_backward<T, 128, 2, 1, false>(a, stream)
-                           : run_backward<T, 256, 1, 2, false>(a, stream);
-    else
-      error = octets <= 32 ? run_backward<T, 32, 4, 1, true>(a, stream)
-          : octets <= 96   ? run_backward<T, 96, 2, 1, true>(a, stream)
-          : octets <= 128  ? run_backward<T, 128, 2, 1, true>(a, stream)
-          : octets <= 256  ? run_backward<T, 256, 1, 1, true>(a, stream)
-                           : run_backward<T, 256, 1, 2, true>(a, stream);
+    const auto run = [&]<int kThreads, int kGroups, int kOctets, bool kWide>() {
+      error = run_backward<T, kThreads, kGroups, kOctets, kWide>(a, stream);
+    };
+    if (a.parts > 0) with_backward_threads(octets_of(a.width), is_all_wide<T>(a), run);
     const PartSums sums{a.partials, a.parts, kEmbedSums, a.width, {a.sums[0], a.sums[1], nullptr}};
     if (error == nullptr) error = sum_parts<T>(sums, stream);
     for (const RowLists* lists : {&a.dqueries, &a.dwords, &a.dpositions})

@@ -48,8 +48,8 @@ struct Normal {
 HOST_DEVICE Normal normal(float x) {
   const float t = fabsf(x);
   const float bell = exp2_of_negative(t * t * -0.72134752044448f);  // exp(-t^2 / 2)
-  // Phi(-t) = exp(-t^2 / 2) P(u), u = 1 / (1 + 0.26 t). P is minimax for the error of x * Phi(x), 5e-8, and for that
-  // of Phi relative to Phi, 1.3e-6. Nothing cancels, unlike in 1 + erf(x).
+  // Phi(-t) = exp(-t^2 / 2) P(u), u = 1 / (1 + 0.26 t). P is minimax for the error of x * Phi(x), 5e-8, and
+  // for that of Phi relative to Phi, 1.3e-6. Nothing cancels, unlike in 1 + erf(x).
   const float u = reciprocal(1.0f + 0.26f * t);
   float p = -7.338503867e-2f;
   p = p * u + 2.304963288e-1f;

@@ -19,9 +19,9 @@ constexpr bool kCudaOnHost = true;
 constexpr bool kCudaOnHost = false;
 #endif
 
-// How many parts the rows fall into, for sums over them (row_sums.h): enough to keep a machine busy, which for CUDA is
-// given, but there of 4 rows at least, and of no more than 64, since an error grows with the rows that are added one
-// after the other. A function of the shape and the kind of device alone.
+// How many parts the rows fall into, for sums over them (row_sums.h): enough to keep a machine busy, which
+// for CUDA is given, but there of 4 rows at least, and of no more than 64, since an error grows with the rows
+// that are added one after the other. A function of the shape and the kind of device alone.
 inline int64_t parts_of(int64_t rows, int64_t enough_for_cuda, const Tensor& beside) {
   const bool on_cpu = beside.is_cpu() && !kCudaOnHost;
   const int64_t enough = on_cpu ? std::min<int64_t>(rows, 64) : std::min((rows + 3) / 4, enough_for_cuda);
@@ -40,7 +40,8 @@ inline void check_launch(const char* error) {
 
 template <class Arguments>
 void launch_on_cuda(
-    const Tensor& beside, const char* (*launcher)(const Arguments&, void* stream), const Arguments& arguments) {
+    const Tensor& beside, const char* (*launcher)(const Arguments&, void* stream),
+    const Arguments& arguments) {
   const int32_t device = beside.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

@@ -13,7 +13,8 @@ HOST_DEVICE float normalized(float hidden, float mean, float rstd) { return (hid
 
 // Gradient of what was normalised, from that of a row's result times the weight and two means over the row:
 // of that gradient, and of its product with the normalised row.
-HOST_DEVICE float hidden_gradient(float weighted, float mean_weighted, float normal, float mean_product, float rstd) {
+HOST_DEVICE float hidden_gradient(
+    float weighted, float mean_weighted, float normal, float mean_product, float rstd) {
   return rstd * (weighted - mean_weighted - normal * mean_product);
 }
 

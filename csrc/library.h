@@ -8,14 +8,14 @@
 #define BLIP2_KERNELS_NAMESPACE blip2_kernels
 #endif
 
-#define BLIP2_KERNELS_IMPLEMENT_ON(key, name, function)                \
-  STABLE_TORCH_LIBRARY_IMPL(BLIP2_KERNELS_NAMESPACE, key, library) {   \
-    library.impl(name, TORCH_BOX(&function));                          \
+#define BLIP2_KERNELS_IMPLEMENT_ON(key, name, function)              \
+  STABLE_TORCH_LIBRARY_IMPL(BLIP2_KERNELS_NAMESPACE, key, library) { \
+    library.impl(name, TORCH_BOX(&function));                        \
   }
 
 #ifdef BLIP2_KERNELS_CUDA
-#define BLIP2_KERNELS_IMPLEMENT(name, function)       \
-  BLIP2_KERNELS_IMPLEMENT_ON(CPU, name, function)     \
+#define BLIP2_KERNELS_IMPLEMENT(name, function)   \
+  BLIP2_KERNELS_IMPLEMENT_ON(CPU, name, function) \
   BLIP2_KERNELS_IMPLEMENT_ON(CUDA, name, function)
 #else
 #define BLIP2_KERNELS_IMPLEMENT(name, function) BLIP2_KERNELS_IMPLEMENT_ON(CPU, name, function)

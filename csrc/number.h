@@ -22,7 +22,8 @@ HOST_DEVICE float to_float(Half value) {
 #else
   const uint32_t sign = (uint32_t(value) & 0x8000u) << 16;
   const uint32_t rest = uint32_t(value) & 0x7fffu;
-  // Infinity and NaN keep their mantissa; other normal numbers move by the difference of the exponents' biases.
+  // Infinity and NaN keep their mantissa; other normal numbers move by the difference of the exponents'
+  // biases.
   const uint32_t normal = (rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u);
   // A subnormal is its mantissa times 2^-24: as the mantissa of 0.5 it is 2^-24 each, exactly.
   const float subnormal = bit_cast<float>(rest | 0x3f000000u) - 0.5f;
@@ -111,12 +112,9 @@ enum class Format : int32_t { FLOAT32, FLOAT16, BFLOAT16 };
 template <class Run>
 void with_format(Format format, const Run& run) {
   switch (format) {
-    case Format::FLOAT32:
-      return run.template operator()<float>();
-    case Format::FLOAT16:
-      return run.template operator()<Half>();
-    case Format::BFLOAT16:
-      return run.template operator()<BFloat16>();
+    case Format::FLOAT32: return run.template operator()<float>();
+    case Format::FLOAT16: return run.template operator()<Half>();
+    case Format::BFLOAT16: return run.template operator()<BFloat16>();
   }
 }
 

@@ -1,5 +1,5 @@
-// Eight neighbouring channels: what a CUDA thread works on at a time, what a Philox call serves, and 16 bytes in
-// half precision.
+// Eight neighbouring channels: what a CUDA thread works on at a time, what a Philox call serves, and 16 bytes
+// in half precision.
 #pragma once
 
 #include "cuda_launch.h"
@@ -32,8 +32,9 @@ bool is_wide(const void* data, int64_t stride) {
   return data == nullptr || (uintptr_t(data) % 16 == 0 && stride * int64_t(sizeof(T)) % 16 == 0);
 }
 
-// Octet number `octet` of a row; channels from `width` on are 0, and all of them where it is not `there`. With kWide
-// the whole octet is there, aligned, or nothing of it. No branch: loads that follow one another are under way at once.
+// Octet number `octet` of a row; channels from `width` on are 0, and all of them where it is not `there`.
+// With kWide the whole octet is there, aligned, or nothing of it. No branch: loads that follow one another
+// are under way at once.
 template <bool kWide, class T>
 __device__ __forceinline__ Packed<T> fetch_octet(const T* row, int octet, int width, bool there) {
   Packed<T> out = {};
@@ -91,7 +92,8 @@ __device__ __forceinline__ void store_octet(T* row, int octet, int width, const 
   if constexpr (kWide) {
     const Packed<T> packed = pack<T>(given);
 #pragma unroll
-    for (int unit = 0; unit < Packed<T>::kUnits; ++unit) reinterpret_cast<Sixteen*>(data)[unit] = packed.unit[unit];
+    for (int unit = 0; unit < Packed<T>::kUnits; ++unit)
+      reinterpret_cast<Sixteen*>(data)[unit] = packed.unit[unit];
   } else {
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane)
@@ -112,7 +114,8 @@ __device__ __forceinline__ void add_to(Octet& sum, const Octet& other) {
 }
 
 // Dropout of an octet of the row with this key.
-__device__ __forceinline__ void drop_octet(Octet& octet, const Dropout& dropout, int32_t row_key, int number) {
+__device__ __forceinline__ void drop_octet(
+    Octet& octet, const Dropout& dropout, int32_t row_key, int number) {
   const PhiloxWords words = philox(dropout, uint32_t(row_key), uint32_t(number));
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane)

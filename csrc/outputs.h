@@ -29,4 +29,8 @@ inline Tensor with_adjacent_channels(const Tensor& tensor) {
   return adjacent ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline Optional with_adjacent_channels(const Optional& tensor) {
+  return tensor ? Optional(with_adjacent_channels(*tensor)) : Optional();
+}
+
 }  // namespace blip2_kernels

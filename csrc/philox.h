@@ -10,9 +10,9 @@ constexpr int kLanes = 8;
 
 // What dropout needs to know, as an operator gets it.
 struct DropoutArguments {
-  uint32_t level = 0;       // 16-bit numbers below it are dropped; 0 drops nothing
-  float scale = 1;          // factor of what is kept
-  uint32_t place = 0;       // layer * 8 + site
+  uint32_t level = 0;                 // 16-bit numbers below it are dropped; 0 drops nothing
+  float scale = 1;                    // factor of what is kept
+  uint32_t place = 0;                 // layer * 8 + site
   const int64_t* key = nullptr;       // the step's, where the tensors are
   const int32_t* row_keys = nullptr;  // one a row
 };
@@ -42,8 +42,8 @@ HOST_DEVICE uint32_t high_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Random words of channels 8 * group … 8 * group + 7 of the row with this key. Channel 8 * group + l has the low
-// (l even) or high (l odd) half of word l / 2.
+// Random words of channels 8 * group … 8 * group + 7 of the row with this key. Channel 8 * group + l has the
+// low (l even) or high (l odd) half of word l / 2.
 HOST_DEVICE PhiloxWords philox(const Dropout& dropout, uint32_t row_key, uint32_t group) {
   uint32_t c0 = row_key, c1 = group, c2 = 0, c3 = dropout.place;
   uint32_t k0 = dropout.key[0], k1 = dropout.key[1];

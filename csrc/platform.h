@@ -32,8 +32,8 @@ HOST_DEVICE float reciprocal_root(float x) {
 #endif
 }
 
-// A product that is rounded wherever it stands, never fused with a sum behind it: a backward that computes again
-// what its forward computed gets the same bits.
+// A product that is rounded wherever it stands, never fused with a sum behind it: a backward that computes
+// again what its forward computed gets the same bits.
 HOST_DEVICE float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);

@@ -1,20 +1,25 @@
-// Sums over rows that are the same in every run: rows fall into parts by their number alone, or into lists by where
-// they go; each part or list is added up by one owner, and the parts are added in order. No atomics, whatever the
-// number of threads.
+// Sums over rows that are the same in every run: rows fall into parts by their number alone, or into lists by
+// where they go; each part or list is added up by one owner, and the parts are added in order. No atomics,
+// whatever the number of threads.
 #pragma once
 
 #include "number.h"
 
 namespace blip2_kernels {
 
+// Rows that an operator takes. CUDA kernels go through the rows of a part in ints by steps of up to four, whose last
+// ends behind the rows: 64 bits, or unsigned ones, cost registers.
+constexpr int64_t kMaxRows = (int64_t(1) << 31) - 8;
+
 HOST_DEVICE int64_t first_row_of_part(int64_t part, int64_t parts, int64_t rows) {
   const int64_t each = rows / parts, left = rows % parts;
   return part * each + (part < left ? part : left);
 }
 
-// Rows that are added up by destination. With keys, entry e of the list of all is row order[e], which goes to the
-// destination keys[order[e]], and entries of one destination follow one another: the first of them owns it. Where no
-// entry goes `out` is left as it is. Without keys row r goes to r % destinations, and all of `out` is written.
+// Rows that are added up by destination. With keys, entry e of the list of all is row order[e], which goes to
+// the destination keys[order[e]], and entries of one destination follow one another: the first of them owns
+// it. Where no entry goes `out` is left as it is. Without keys row r goes to r % destinations, and all of
+// `out` is written.
 struct RowLists {
   const float* rows;  // [count, width]
   int64_t count;

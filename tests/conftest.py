@@ -19,6 +19,7 @@ CASES_A_TEST = 50
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="another draw for every random test (default 0)")
     parser.addoption("--kernel-cases", type=int, default=40, help="random cases a kernel (default 40)")
+    parser.addoption("--other-python", help="an interpreter with another torch: the wheel is tried there too")
 
 
 def pytest_generate_tests(metafunc):

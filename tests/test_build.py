@@ -1,12 +1,17 @@
-"""setup.py: what it decides to build, and that it says why where it builds less. Nothing is compiled here."""
+"""setup.py: what it decides to build, and that it says why where it builds less; what csrc/ uses of torch."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from compiled_cases import needs_extension
 from processes import clean_environment
+
+from blip2_kernels import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +61,41 @@ def test_nothing_is_looked_for_where_nothing_is_wanted(tmp_path):
 def test_an_unknown_wish(tmp_path):
     code, _, done = plan(tmp_path, BLIP2_KERNELS_BUILD="gpu")
     assert code == 1 and "BLIP2_KERNELS_BUILD: expected 0, cpu or cuda, got 'gpu'" in done.stderr
+
+
+def included_by(path):
+    """What a file of csrc/ includes with <>, directly and through files of csrc/."""
+    found = set()
+    for quote, name in re.findall(r'#include (["<])([^">]+)', path.read_text()):
+        if quote == "<":
+            found.add(name)
+        elif (path.parent / name).exists():
+            found |= included_by(path.parent / name)
+    return found
+
+
+def test_sources_use_the_stable_abi_and_kernels_nothing_of_torch():
+    allowed = ("torch/csrc/stable/", "torch/headeronly/")
+    sources = sorted((ROOT / "csrc").glob("*.c*"))
+    assert len(sources) == 10
+    for source in sources:
+        used = {name for name in included_by(source) if "/" in name}
+        assert all(name.startswith(allowed) for name in used), source
+        if source.suffix == ".cu":
+            assert not used, source
+    for operator in ("add_layer_norm", "bias_gelu", "embed_tokens"):
+        assert not any("/" in name for name in included_by(ROOT / "csrc" / f"{operator}.h"))
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_library_needs_no_cxx_symbol_of_torch():
+    """What another torch has under another name, or not at all."""
+    command = ["nm", "-D", "--undefined-only", extension.LIBRARY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in symbols)
+    assert [name for name in symbols if re.match(r"_ZN?[A-Z]*(3c10|2at|5torch|8caffe2)", name)] == []
 
 
 @pytest.mark.slow

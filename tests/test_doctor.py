@@ -49,12 +49,24 @@ def test_json():
 
 SCRIPT = """
 import torch
+import torch.nn.functional as F
 from blip2_kernels import doctor, extension
-from blip2_kernels.ops import bias_gelu
-x = torch.randn(3, 4)
-assert torch.equal(bias_gelu(x), torch.nn.functional.gelu(x))
+from blip2_kernels.layout import TokenLayout
+from blip2_kernels.ops import add_layer_norm, bias_gelu, embed_tokens
+x, residual, weight, bias = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4), torch.randn(4)
+assert torch.equal(bias_gelu(x, bias), F.gelu(x + bias))
+expected = F.layer_norm(residual + x, (4,), weight, bias, 1e-12)
+assert torch.equal(add_layer_norm(x, residual, weight, bias), expected)
+layout = TokenLayout.from_attention_masks(1, [torch.ones(2, 1)])
+rows = torch.cat([x[:1], x[:1], residual[[2, 0]] + x[2:]])
+expected = F.layer_norm(rows, (4,), weight, bias, 1e-12)
+ids = [torch.tensor([[2], [0]])]
+assert torch.equal(embed_tokens(x[:1, None], ids, residual, x[2:], weight, bias, layout), expected)
 print(extension.reason())
-print({f.reason for f in doctor.examine(["cpu"]) if f.backend == "csrc"})
+compiled = [f for f in doctor.examine(["cpu"]) if f.backend == "csrc"]
+assert {f.op for f in compiled} == {"add_layer_norm", "bias_gelu", "embed_tokens"}
+assert not any(f.works for f in compiled) and all(f.healthy for f in compiled)
+print({f.reason for f in compiled})
 """
 
 
@@ -109,17 +121,21 @@ def test_a_missing_symbol(copy):
 
 @needs_extension
 @needs_elf
-@pytest.mark.parametrize("newer", ["bias_gelu(Tensor y, Tensor? bias)", "bias_relu(Tensor x, Tensor? bias)"])
-def test_a_library_of_another_version(copy, newer):
-    """Whose operator has other arguments, or another name."""
-    old = b"bias_gelu(Tensor x, Tensor? bias) -> Tensor\0"
-    data = copy.library.read_bytes()
+@pytest.mark.parametrize("rename", [False, True])
+@pytest.mark.parametrize("schema", extension.SCHEMAS, ids=lambda schema: schema.split("(")[0])
+def test_a_library_of_another_version(copy, schema, rename):
+    """Whose operator has another name for an argument, or another name."""
+    data, name = copy.library.read_bytes(), schema.split("(")[0].encode()
+    old = schema.encode() + b"\0"
     assert data.count(old) == 1
-    data = data.replace(old, newer.encode() + b" -> Tensor\0")
-    if "relu" in newer:
-        data = data.replace(b"\0bias_gelu\0", b"\0bias_relu\0")
+    if rename:
+        data = data.replace(old, b"X" + old[1:]).replace(b"\0" + name + b"\0", b"\0X" + name[1:] + b"\0")
+    else:
+        new = old.replace(b" place", b" plays").replace(b"? bias)", b"? bi_s)")
+        assert new != old
+        data = data.replace(old, new)
     copy.library.write_bytes(data)
-    assert "is of another version than the package (bias_gelu differs)" in copy()
+    assert f"is of another version than the package ({name.decode()} differs)" in copy()
 
 
 def test_no_library(copy):

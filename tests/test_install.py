@@ -112,6 +112,38 @@ def test_installed_package_serves_the_benchmarks_of_a_checkout(checkout, environ
         assert " passed" in done.stdout and "failed" not in done.stdout and "skipped" not in done.stdout
 
 
+@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler (c++, g++)")
+def test_the_wheel_brings_its_operators(checkout, environment, tmp_path, pytestconfig):
+    """It passes their tests in a fresh environment, and works with another torch, that of --other-python."""
+    wheels = tmp_path / "wheels"
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, ".")
+    run(*pip, cwd=checkout)
+    (wheel,) = wheels.iterdir()
+    assert "-cp310-abi3-" in wheel.name
+    environment.pip_install(wheel, cwd=tmp_path)
+    tests = shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=LEFT_BEHIND)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    # What every dtype, width and number of rows gives does not depend on where the library was installed.
+    chosen = ("-k", "random_cases or opcheck or refuses or one_graph or threads")
+    files = [tests / "ops" / f"test_{name}.py" for name in ("add_layer_norm", "bias_gelu", "embed_tokens")]
+    rest = ("-q", "-p", "no:cacheprovider")
+    done = run(environment.bin / "pytest", *files, *chosen, *rest, cwd=tmp_path)
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+    other = pytestconfig.getoption("--other-python")
+    if other is not None:
+        site = tmp_path / "other"
+        run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+        code = (
+            f"import sys; sys.path.insert(0, {str(site)!r}); from blip2_kernels import doctor, extension;"
+            "print(extension.LIBRARY, extension.reason());"
+            "print({f.reason for f in doctor.examine(['cpu']) if f.backend == 'csrc'})"
+        )
+        done = run(other, "-c", code, cwd=site)
+        expected = [str(site / "blip2_kernels" / "_C.abi3.so"), "None", "{'works'}"]
+        assert done.stdout.split() == expected, done.stdout
+
+
 def test_editable_install_follows_the_checkout(checkout, environment, tmp_path):
     environment.pip_install("--no-build-isolation", "-e", ".", cwd=checkout)
     (checkout / "model" / "newcomer.py").write_text("ANSWER = 42\n")

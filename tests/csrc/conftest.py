@@ -1,6 +1,9 @@
 """The CUDA kernels of csrc/, built to run on the host: once a worker."""
 
+import ctypes
+
 import pytest
+import torch
 from harness import host_build
 
 needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason="no C++ compiler (c++, g++)")
@@ -8,11 +11,25 @@ needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason="no C++ 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "tests/csrc/" in item.nodeid and "host" in item.nodeid:
+        if "tests/csrc/" in item.nodeid and {"on_host", "build"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(needs_compiler)
 
 
 @pytest.fixture(scope="session")
-def on_host(tmp_path_factory):
+def host_library(tmp_path_factory):
+    return host_build.build_operators(tmp_path_factory.mktemp("on_host"))
+
+
+@pytest.fixture(scope="session")
+def on_host(host_library):
     """The compiled operators with CUDA kernels that run on CPU tensors."""
-    return host_build.load_operators(tmp_path_factory.mktemp("on_host"))
+    torch.ops.load_library(str(host_library))
+    return getattr(torch.ops, host_build.NAMESPACE)
+
+
+@pytest.fixture
+def run_last_blocks(host_library, on_host):
+    """A function of a number: so many blocks run of every grid, the last ones."""
+    choose = ctypes.CDLL(str(host_library)).run_last_blocks
+    yield choose
+    choose(0)

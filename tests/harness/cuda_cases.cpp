@@ -40,7 +40,9 @@ struct Buffer {
 
 template <class T>
 constexpr Format format_of() {
-  return std::is_same_v<T, float> ? Format::FLOAT32 : std::is_same_v<T, Half> ? Format::FLOAT16 : Format::BFLOAT16;
+  return std::is_same_v<T, float>  ? Format::FLOAT32
+         : std::is_same_v<T, Half> ? Format::FLOAT16
+                                   : Format::BFLOAT16;
 }
 
 void check(const char* error) {
@@ -56,16 +58,34 @@ void add_layer_norm_case(int64_t rows, int64_t width, int64_t gap, bool drops, b
   Buffer<float> mean(rows), rstd(rows);
   Buffer<int64_t> key(1);
   Buffer<int32_t> row_keys(rows);
-  AddLayerNorm common{format_of<X>(), format_of<T>(), rows, width, x.get(), stride, residual.get(), stride,
-                      weight.get(), biased ? input_bias.get() : nullptr, {}};
+  AddLayerNorm common{
+      format_of<X>(),
+      format_of<T>(),
+      rows,
+      width,
+      x.get(),
+      stride,
+      residual.get(),
+      stride,
+      weight.get(),
+      biased ? input_bias.get() : nullptr,
+      {}};
   if (drops) common.dropout = {6554, 1.111f, 13, key.get(), row_keys.get()};
   check(add_layer_norm_cuda({common, bias.get(), 1e-5f, out.get(), mean.get(), rstd.get()}, nullptr));
   const int64_t parts = rows;
   Buffer<float> partials(parts * kNormSums * width);
   const bool one = !drops && std::is_same_v<X, T>;
   check(add_layer_norm_backward_cuda(
-      {common, grad.get(), stride, mean.get(), rstd.get(), dx.get(), one ? nullptr : dresidual.get(), partials.get(),
-       parts, {dweight.get(), dbias.get(), biased ? dinput_bias.get() : nullptr}},
+      {common,
+       grad.get(),
+       stride,
+       mean.get(),
+       rstd.get(),
+       dx.get(),
+       one ? nullptr : dresidual.get(),
+       partials.get(),
+       parts,
+       {dweight.get(), dbias.get(), biased ? dinput_bias.get() : nullptr}},
       nullptr));
 }
 
@@ -74,16 +94,19 @@ void bias_gelu_case(int64_t rows, int64_t width, int64_t gap, bool biased) {
   const int64_t stride = width + gap, size = (rows - 1) * stride + width;
   Buffer<T> x(size), grad(size), out(rows * width), dx(rows * width);
   Buffer<B> bias(width), dbias(width);
-  BiasGelu common{format_of<T>(), format_of<B>(), rows, width, x.get(), stride, biased ? bias.get() : nullptr};
+  BiasGelu common{
+      format_of<T>(), format_of<B>(), rows, width, x.get(), stride, biased ? bias.get() : nullptr};
   check(bias_gelu_cuda({common, out.get()}, nullptr));
   const int64_t parts = rows;
   Buffer<float> partials(parts * width);
   check(bias_gelu_backward_cuda(
-      {common, grad.get(), stride, dx.get(), biased ? dbias.get() : nullptr, partials.get(), parts}, nullptr));
+      {common, grad.get(), stride, dx.get(), biased ? dbias.get() : nullptr, partials.get(), parts},
+      nullptr));
 }
 
 template <class T>
-void embed_tokens_case(int64_t query_rows, int64_t text_rows, int64_t width, int64_t gap, bool drops, bool embedded) {
+void embed_tokens_case(
+    int64_t query_rows, int64_t text_rows, int64_t width, int64_t gap, bool drops, bool embedded) {
   const int64_t rows = query_rows + text_rows, stride = width + gap, table = text_rows + 1;
   Buffer<T> queries(query_rows * width), words(text_rows * stride + width), positions(table * width);
   Buffer<T> weight(width), bias(width), out(rows * width), grad(rows * width);
@@ -98,9 +121,18 @@ void embed_tokens_case(int64_t query_rows, int64_t text_rows, int64_t width, int
   }
   std::sort(ids.get(), ids.get() + text_rows);
   for (int64_t i = 0; i < text_rows; ++i) order.get()[i] = i;
-  EmbedTokens common{format_of<T>(), rows, width, query_rows, {queries.get(), width, query_rows},
-                     {words.get(), stride, table}, {positions.get(), width, table}, ids.get(), places.get(),
-                     weight.get(), {}};
+  EmbedTokens common{
+      format_of<T>(),
+      rows,
+      width,
+      query_rows,
+      {queries.get(), width, query_rows},
+      {words.get(), stride, table},
+      {positions.get(), width, table},
+      ids.get(),
+      places.get(),
+      weight.get(),
+      {}};
   if (embedded) common.positions = {nullptr, 0, 0}, common.token_ids = common.position_ids = nullptr;
   if (drops) common.dropout = {6554, 1.111f, 13, key.get(), row_keys.get()};
   check(embed_tokens_forward_cuda(
@@ -114,8 +146,18 @@ void embed_tokens_case(int64_t query_rows, int64_t text_rows, int64_t width, int
     for_positions.out = nullptr;
   }
   check(embed_tokens_backward_cuda(
-      {common, grad.get(), width, mean.get(), rstd.get(), dhidden.get(), partials.get(), rows,
-       {dweight.get(), dbias.get()}, for_queries, for_words, for_positions},
+      {common,
+       grad.get(),
+       width,
+       mean.get(),
+       rstd.get(),
+       dhidden.get(),
+       partials.get(),
+       rows,
+       {dweight.get(), dbias.get()},
+       for_queries,
+       for_words,
+       for_positions},
       nullptr));
 }
 

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU: what a kernel's source needs of CUDA, and a launch, block after block.
 //
-// By default each CUDA thread is a fiber of one thread: fast, and the order is known (warps in turn; every other
-// block begins with the last warp), so a missing barrier shows as a wrong result. With CUDA_ON_HOST_THREADS each is
-// a thread of its own, which the sanitizers watch. A barrier that only some threads reach, and a warp that is not
-// whole at a shuffle, end the run.
+// By default each CUDA thread is a fiber of one thread: fast, and the order is known (warps in turn; every
+// other block begins with the last warp), so a missing barrier shows as a wrong result. With
+// CUDA_ON_HOST_THREADS each is a thread of its own, which the sanitizers watch. A barrier that only some
+// threads reach, and a warp that is not whole at a shuffle, end the run.
 #pragma once
 
 #include <math.h>
@@ -35,6 +35,9 @@ struct Index {
   dim3 thread, block, block_size, grid_size;
 };
 inline thread_local Index index;
+
+// How many blocks of a grid run along each of its sides, the last ones; 0 for all.
+inline unsigned last_blocks = 0;
 
 // What the lanes of a warp hand one another.
 struct Mailbox {
@@ -190,7 +193,8 @@ struct Block {
       if (!alive) return;
       if (waiting == alive && alive != fibers.size())
         throw std::runtime_error("__syncthreads was reached by some threads while others had left");
-      if (waiting != alive && !ran) throw std::runtime_error("__syncthreads was reached by some threads only");
+      if (waiting != alive && !ran)
+        throw std::runtime_error("__syncthreads was reached by some threads only");
       if (waiting == alive)
         for (Fiber& fiber : fibers) fiber.state = State::READY;
     }
@@ -212,8 +216,11 @@ inline void run(dim3 grid, dim3 size, const std::function<void()>& kernel) {
   Block own(size.x);
   own.kernel = &kernel;
   block = &own;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
+  const auto first = [](unsigned count) {
+    return last_blocks && last_blocks < count ? count - last_blocks : 0;
+  };
+  for (unsigned y = first(grid.y); y < grid.y; ++y)
+    for (unsigned x = first(grid.x); x < grid.x; ++x) {
       index = {dim3(0), dim3(x, y), size, grid};
       for (Fiber& fiber : own.fibers) {
         fiber.state = State::READY;

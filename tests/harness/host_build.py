@@ -1,6 +1,6 @@
 """Builds csrc/ with the host's compiler so that its CUDA kernels run on the CPU (`cuda_on_host.h`).
 
-operators = load_operators(folder)          # torch.ops.blip2_kernels_on_host
+library = build_operators(folder)           # for torch.ops.load_library: torch.ops.blip2_kernels_on_host
 program = build_program(folder, "thread")   # runs random cases under a sanitizer; see cuda_cases.cpp
 """
 
@@ -48,19 +48,13 @@ def build_operators(folder: Path, csrc: Path = CSRC) -> Path:
     """The library of the operators, in which CPU tensors go to the CUDA kernels."""
     torch_folder = Path(torch.__file__).parent
     sources = [path for path in sorted(csrc.glob("*.cpp")) if not path.stem.endswith("_cpu")]
-    sources += sorted(csrc.glob("*.cu"))
+    sources += [*sorted(csrc.glob("*.cu")), HARNESS / "last_blocks.cpp"]
     flags = ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DBLIP2_KERNELS_CUDA_ON_HOST")
     flags += (f"-DBLIP2_KERNELS_NAMESPACE={NAMESPACE}", "-isystem", str(torch_folder / "include"))
     library = folder / "on_host.so"
     objects = compile_all(sources, folder, flags)
     run(COMPILER, "-shared", *objects, "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", library)
     return library
-
-
-def load_operators(folder: Path):
-    """Build and load them; returns their namespace in torch.ops."""
-    torch.ops.load_library(str(build_operators(folder)))
-    return getattr(torch.ops, NAMESPACE)
 
 
 def build_program(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:

@@ -16,6 +16,9 @@ PAIRS = (
 )
 """Dtypes of x and of the residual."""
 
+ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+"""Sends a call with tensors of several devices to what must refuse it, not to the shapes for tracing."""
+
 needs_extension = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
 
 

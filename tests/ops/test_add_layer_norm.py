@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from compiled_cases import PAIRS, ROWS, WIDTHS, compare, needs_extension, strided, with_gradients
+from compiled_cases import ON_CPU, PAIRS, ROWS, WIDTHS, compare, needs_extension, strided, with_gradients
 from tolerances import max_error
 
 from blip2_kernels import extension
@@ -61,6 +61,17 @@ def test_every_dtype_width_and_row_count(x_dtype, dtype, width, rows, dropout):
 
 
 @needs_extension
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("x_dtype", "dtype"), PAIRS)
+def test_without_a_bias_of_the_input(x_dtype, dtype, width):
+    for rows in ROWS:
+        print(f"{rows} rows")
+        tensors = draw(rows, width, x_dtype, dtype, input_bias=False)
+        call = function("csrc", rows, 0.1 if rows == 3 else 0.0)
+        compare(NAMES[:-1], call, plain_of(call), tensors)
+
+
+@needs_extension
 def test_random_cases(seed):
     rng = random.Random(seed)
     for _ in range(60):
@@ -109,9 +120,10 @@ def test_what_is_dropped_may_be_infinite(backend):
 
 @needs_extension
 @pytest.mark.parametrize("width", [7, 33, 768])
-def test_rows_apart_and_unaligned(width):
+@pytest.mark.parametrize(("x_dtype", "dtype"), PAIRS)
+def test_rows_apart_and_unaligned(x_dtype, dtype, width):
     call = function("csrc", 9, 0.2)
-    tensors = draw(9, width)
+    tensors = draw(9, width, x_dtype, dtype)
     direct = with_gradients(call, tensors)
     apart = [strided(t) for t in tensors[:2]] + tensors[2:]
     for name, a, b in zip(NAMES, direct, with_gradients(call, apart), strict=True):
@@ -178,10 +190,11 @@ def test_opcheck(x_dtype, dtype, input_bias, dropout):
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_one_graph_under_compile(backend):
+@pytest.mark.parametrize(("x_dtype", "dtype"), [PAIRS[0], PAIRS[1], PAIRS[4]])
+def test_one_graph_under_compile(x_dtype, dtype, backend):
     # Dynamo cannot trace how the reference draws a mask: the operator's dropout is traced whole.
     call = function(backend, 6, 0.2 if extension.reason() is None and backend != "reference" else 0.0)
-    tensors = draw(6, 24)
+    tensors = draw(6, 24, x_dtype, dtype)
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for name, a, b in zip(
@@ -271,6 +284,10 @@ def test_refusals(changes, error, message):
         add_layer_norm(**GOOD | changes)
 
 
+META = object()
+NAMED = ((0, "x"), (2, "weight"), (3, "bias"), (7, "dropout_key"), (8, "row_keys"))
+
+
 @needs_extension
 @pytest.mark.parametrize(
     ("place", "value", "message"),
@@ -288,7 +305,7 @@ def test_refusals(changes, error, message):
             torch.randn(1, 4097).expand(3, -1),
             "residual: expected a width from 1 to 4096, got float32 [3, 4097]",
         ),
-        (1, torch.randn(1, 4).expand(1 << 31, -1), "residual: expected fewer than 2^31 rows"),
+        (1, torch.randn(1, 4).expand((1 << 31) - 7, -1), "residual: expected at most 2^31 - 8 rows"),
         (2, torch.randn(3), "weight: expected float32 [4], got float32 [3]"),
         (3, torch.randn(4).half(), "bias: expected float32 [4], got float16 [4]"),
         (4, torch.randn(2, 2), "input_bias: expected float32 [4], got float32 [2, 2]"),
@@ -297,25 +314,45 @@ def test_refusals(changes, error, message):
         (6, 1.0, "dropout: expected a number in [0, 1), got 1"),
         (6, -0.1, "dropout: expected"),
         (6, 0.5, "dropout_key: expected int64 [] where dropout > 0, got None"),
+        (7, torch.zeros(2).long(), "dropout_key: expected int64 [], got int64 [2]"),
+        (8, torch.zeros(4, dtype=torch.int32), "row_keys: expected int32 [3], got int32 [4]"),
+        (8, torch.zeros(3).long(), "row_keys: expected int32 [3], got int64 [3]"),
         (9, -1, "place: expected an int in [0, 2^32), got -1"),
+        *[(place, META, f"{name}: expected a tensor on the device of the others") for place, name in NAMED],
     ],
 )
 def test_the_operator_itself_refuses(place, value, message):
     """Before any launch, for callers who go around the Python function."""
-    arguments = [
-        *(torch.randn(3, 4) for _ in range(2)),
-        torch.ones(4),
-        torch.zeros(4),
-        None,
-        1e-5,
-        0.0,
-        None,
-        None,
-        0,
-    ]
+    drop = (0.5, draw_key(), torch.zeros(3, dtype=torch.int32)) if place in (7, 8) else (0.0, None, None)
+    arguments = [torch.randn(3, 4), torch.randn(3, 4), torch.ones(4), torch.zeros(4), None, 1e-5, *drop, 0]
+    value = arguments[place].to("meta") if value is META else value
     arguments[place] = value
     with pytest.raises(RuntimeError) as caught:
-        torch.ops.blip2_kernels.add_layer_norm.default(*arguments)
+        torch.ops.blip2_kernels.add_layer_norm.default.redispatch(ON_CPU, *arguments)
+    assert message in str(caught.value)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.randn(3, 5), "grad: expected float32 [3, 4], got float32 [3, 5]"),
+        (0, torch.randn(3, 4).half(), "grad: expected float32 [3, 4], got float16 [3, 4]"),
+        (0, META, "grad: expected a tensor on the device of the others"),
+        (1, torch.randn(2, 4), "x: expected float32 [3, 4], got float32 [2, 4]"),
+        (2, torch.randn(1, 4).expand((1 << 31) - 7, -1), "residual: expected at most 2^31 - 8 rows"),
+        (5, torch.randn(4), "mean: expected float32 [3], got float32 [4]"),
+        (6, torch.randn(3).double(), "rstd: expected float32 [3], got float64 [3]"),
+        (6, META, "rstd: expected a tensor on the device of the others"),
+        (7, 1.5, "dropout: expected a number in [0, 1), got 1.5"),
+    ],
+)
+def test_the_backward_refuses(place, value, message):
+    arguments = [*(torch.randn(3, 4) for _ in range(3)), torch.ones(4), None, torch.zeros(3), torch.ones(3)]
+    arguments += [0.0, None, None, 0]
+    arguments[place] = arguments[place].to("meta") if value is META else value
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.blip2_kernels.add_layer_norm_backward.default.redispatch(ON_CPU, *arguments)
     assert message in str(caught.value)
 
 

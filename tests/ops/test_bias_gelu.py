@@ -5,7 +5,17 @@ import random
 
 import pytest
 import torch
-from compiled_cases import DTYPES, PAIRS, ROWS, WIDTHS, compare, needs_extension, strided, with_gradients
+from compiled_cases import (
+    DTYPES,
+    ON_CPU,
+    PAIRS,
+    ROWS,
+    WIDTHS,
+    compare,
+    needs_extension,
+    strided,
+    with_gradients,
+)
 from tolerances import max_error
 
 from blip2_kernels.ops import bias_gelu
@@ -28,6 +38,14 @@ def call(backend):
 @pytest.mark.parametrize(("dtype", "bias_dtype"), PAIRS)
 def test_every_dtype_width_and_row_count(dtype, bias_dtype, width, rows):
     compare(NAMES, call("csrc"), call("reference"), draw(rows, width, dtype, bias_dtype))
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_bias(dtype, width, rows):
+    compare(NAMES[:2], call("csrc"), call("reference"), draw(rows, width, dtype, bias=False))
 
 
 @needs_extension
@@ -61,8 +79,9 @@ def test_the_small_tail_keeps_its_relative_accuracy():
 
 @needs_extension
 @pytest.mark.parametrize("width", [1, 7, 33, 768])
-def test_rows_apart_and_unaligned(width):
-    x, bias = draw(9, width)
+@pytest.mark.parametrize(("dtype", "bias_dtype"), PAIRS)
+def test_rows_apart_and_unaligned(dtype, bias_dtype, width):
+    x, bias = draw(9, width, dtype, bias_dtype)
     direct = with_gradients(call("csrc"), [x, bias])
     across = [x.t().contiguous().t(), torch.stack([bias, bias], 1)[:, 0]]
     for other in ([strided(x), bias], across):
@@ -105,8 +124,9 @@ def test_opcheck(dtype, bias_dtype, bias):
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_one_graph_under_compile(backend):
-    tensors = draw(6, 24)
+@pytest.mark.parametrize(("dtype", "bias_dtype"), [PAIRS[0], PAIRS[1], PAIRS[4]])
+def test_one_graph_under_compile(dtype, bias_dtype, backend):
+    tensors = draw(6, 24, dtype, bias_dtype)
     torch._dynamo.reset()
     compiled = torch.compile(call(backend), fullgraph=True, backend="aot_eager")
     results = (with_gradients(f, tensors) for f in (compiled, call(backend)))
@@ -154,15 +174,34 @@ def test_refusals(arguments, error, message):
     ("arguments", "message"),
     [
         ((X.double(), None), "x: expected float32, float16 or bfloat16 [rows, width], got float64 [3, 4]"),
-        ((X[:1].expand(1 << 31, -1), None), "x: expected fewer than 2^31 rows"),
+        ((X[:1].expand((1 << 31) - 7, -1), None), "x: expected at most 2^31 - 8 rows"),
         ((X[:, :0], None), "x: expected a width from 1 to"),
         ((X, torch.randn(3)), "bias: expected float32 [4], got float32 [3]"),
         ((X, torch.randn(4).half()), "bias: expected float32 [4], got float16 [4]"),
+        ((X, torch.randn(4, device="meta")), "bias: expected a tensor on the device of the others"),
     ],
 )
 def test_the_operator_itself_refuses(arguments, message):
+    """In both directions, before any launch."""
+    ops = torch.ops.blip2_kernels
+    for operator, grad in ((ops.bias_gelu, ()), (ops.bias_gelu_backward, (torch.randn(3, 4),))):
+        with pytest.raises(RuntimeError) as caught:
+            operator.default.redispatch(ON_CPU, *grad, *arguments)
+        assert message in str(caught.value)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.randn(3, 5), "grad: expected float32 [3, 4], got float32 [3, 5]"),
+        (torch.randn(3, 4).half(), "grad: expected float32 [3, 4], got float16 [3, 4]"),
+        (torch.randn(3, 4, device="meta"), "grad: expected a tensor on the device of the others"),
+    ],
+)
+def test_the_backward_refuses(grad, message):
     with pytest.raises(RuntimeError) as caught:
-        torch.ops.blip2_kernels.bias_gelu.default(*arguments)
+        torch.ops.blip2_kernels.bias_gelu_backward.default.redispatch(ON_CPU, grad, X, None)
     assert message in str(caught.value)
 
 

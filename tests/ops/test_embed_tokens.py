@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_cases import DTYPES, ROWS, WIDTHS, compare, needs_extension, strided, with_gradients
+from compiled_cases import DTYPES, ON_CPU, ROWS, WIDTHS, compare, needs_extension, strided, with_gradients
 from tolerances import max_error
 
 from blip2_kernels import extension
@@ -175,9 +175,10 @@ def test_a_padding_word_gets_no_gradient_and_another_word_only_its_own_rows(back
 
 @needs_extension
 @pytest.mark.parametrize("width", [7, 33, 768])
-def test_rows_apart_and_unaligned(width):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_apart_and_unaligned(dtype, width):
     layout = layout_of(3, 2, torch.ones(3, 4))
-    call, tensors = function(layout, draw_ids(layout), dropout=0.2), draw(3, 2, width)
+    call, tensors = function(layout, draw_ids(layout), dropout=0.2), draw(3, 2, width, dtype)
     direct = with_gradients(call, tensors)
     apart = [strided(tensors[0][0])[None], *map(strided, tensors[1:3]), *tensors[3:]]
     across = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors[:3]]
@@ -263,11 +264,12 @@ def test_opcheck(dtype, embedded, dropout):
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_one_graph_under_compile(backend):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_graph_under_compile(dtype, backend):
     layout = layout_of(3, 2, torch.ones(3, 4), torch.ones(3, 4))
     # Dynamo cannot trace how the reference draws a mask: the operator's dropout is traced whole.
     dropout = 0.2 if extension.reason() is None and backend != "reference" else 0.0
-    call, tensors = function(layout, draw_ids(layout), backend, dropout), draw(3, 2, 24)
+    call, tensors = function(layout, draw_ids(layout), backend, dropout), draw(3, 2, 24, dtype)
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for name, a, b in zip(
@@ -401,6 +403,13 @@ def test_what_a_layout_without_text_refuses():
         embed_tokens(GOOD["queries"], None, None, None, weight, weight, layout_of(2, 0))
 
 
+META = object()
+NAMED = (
+    *enumerate(("queries", "words", "positions", "token_ids", "position_ids")),
+    *((7, "bias"), (10, "dropout_key"), (11, "row_keys"), (13, "errors")),
+)
+
+
 @needs_extension
 @pytest.mark.parametrize(
     ("place", "value", "message"),
@@ -420,8 +429,8 @@ def test_what_a_layout_without_text_refuses():
         (3, torch.tensor([0, 1, -1, 2]), "token_ids: expected values in [0, 11), got -1"),
         (
             3,
-            torch.zeros(1).long().expand(1 << 31),
-            "token_ids: expected fewer than 2^31 rows with those of the",
+            torch.zeros(1).long().expand((1 << 31) - 13),
+            "token_ids: expected at most 2^31 - 8 rows with those of the",
         ),
         (4, torch.zeros(3).long(), "position_ids: expected int64 [4], got int64 [3]"),
         (4, torch.tensor([0, 1, 9, 2]), "position_ids: expected values in [0, 9), got 9"),
@@ -430,7 +439,7 @@ def test_what_a_layout_without_text_refuses():
         (
             5,
             3 << 31,
-            "token_ids: expected fewer than 2^31 rows with those of the queries, got 6442450944 and",
+            "token_ids: expected at most 2^31 - 8 rows with those of the queries, got 6442450944 and",
         ),
         (6, torch.ones(12, 1), "weight: expected float32, float16 or bfloat16 [width], got float32 [12, 1]"),
         (
@@ -445,17 +454,21 @@ def test_what_a_layout_without_text_refuses():
         (9, 1.0, "dropout: expected a number in [0, 1), got 1"),
         (9, -0.1, "dropout: expected"),
         (9, 0.5, "dropout_key: expected int64 [] where dropout > 0, got None"),
+        (10, torch.zeros(2).long(), "dropout_key: expected int64 [], got int64 [2]"),
+        (11, torch.zeros(9, dtype=torch.int32), "row_keys: expected int32 [10], got int32 [9]"),
         (12, -1, "place: expected an int in [0, 2^32), got -1"),
         (13, torch.zeros(1), "errors: expected int32 [1], got float32 [1]"),
+        *[(place, META, f"{name}: expected a tensor on the device of the others") for place, name in NAMED],
     ],
 )
 def test_the_operator_itself_refuses(place, value, message):
     """Before any launch, for callers who go around the Python function."""
     inputs, weight, bias = flat_inputs()
-    arguments = [*inputs, weight, bias, 1e-5, 0.0, None, None, LANES, None]
-    arguments[place] = value
+    drop = (0.5, draw_key(), torch.zeros(10, dtype=torch.int32)) if place in (10, 11) else (0.0, None, None)
+    arguments = [*inputs, weight, bias, 1e-5, *drop, LANES, torch.zeros(1, dtype=torch.int32)]
+    arguments[place] = arguments[place].to("meta") if value is META else value
     with pytest.raises(RuntimeError) as caught:
-        torch.ops.blip2_kernels.embed_tokens_forward.default(*arguments)
+        torch.ops.blip2_kernels.embed_tokens_forward.default.redispatch(ON_CPU, *arguments)
     assert message in str(caught.value)
 
 
@@ -467,7 +480,10 @@ def test_the_operator_itself_refuses(place, value, message):
         (7, torch.arange(3), "token_order: expected int64 [4], got int64 [3]"),
         (7, torch.tensor([0, 1, 2, 4]), "token_order: expected values in [0, 4), got 4"),
         (8, torch.tensor([0, -1, 2, 3]), "position_order: expected values in [0, 4), got -1"),
+        (8, META, "position_order: expected a tensor on the device of the others"),
         (11, torch.zeros(9), "mean: expected float32 [10], got float32 [9]"),
+        (12, META, "rstd: expected a tensor on the device of the others"),
+        (13, 1.0, "dropout: expected a number in [0, 1), got 1"),
     ],
 )
 def test_the_backward_refuses(place, value, message):
@@ -475,9 +491,9 @@ def test_the_backward_refuses(place, value, message):
     orders = (torch.tensor([0, 2, 3, 1]), torch.tensor([0, 2, 1, 3]))
     arguments = [torch.randn(10, 12), *inputs, *orders, -1, weight, torch.zeros(10), torch.ones(10)]
     arguments += [0.0, None, None, 0]
-    arguments[place] = value
+    arguments[place] = arguments[place].to("meta") if value is META else value
     with pytest.raises(RuntimeError) as caught:
-        torch.ops.blip2_kernels.embed_tokens_backward.default(*arguments)
+        torch.ops.blip2_kernels.embed_tokens_backward.default.redispatch(ON_CPU, *arguments)
     assert message in str(caught.value)
 
 
