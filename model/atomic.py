@@ -81,9 +81,9 @@ def settle(path: Path) -> None:
             os.rename(previous, path)
 
 
-def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     try:
-        safetensors.torch.save_file(state, path)
+        safetensors.torch.save_file(state, path, metadata)
     except safetensors.SafetensorError as error:
         # A full disk arrives here as a library error with the operating system's text in it.
         raise OSError(f"{path.name}: cannot write: {error}") from error
