@@ -70,6 +70,10 @@ def build(cls: type[nn.Module], seed: int = 0, **qformer_options: Any) -> Any:
     model = cls(config).eval()
     if hasattr(model, "query_tokens"):
         nn.init.normal_(model.query_tokens)
+    # transformers starts image encoders near 0, where all pictures look alike.
+    for parameter in getattr(model, "vision_model", nn.Module()).parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
     return model
 
 
