@@ -179,7 +179,14 @@ def shared_self_attention_part(
 
     one = TokenLayout.from_attention_masks(count, samples=1, device=rows.device)
     context = self_attention(
-        q[:count], k[:count], v[:count], one, one, AttentionMask(), scale=attention.scaling
+        q[:count],
+        k[:count],
+        v[:count],
+        one,
+        one,
+        AttentionMask(),
+        scale=attention.scaling,
+        backend=run.backend,
     )
     if text is not None:
         texts, _ = layout.select(queries=False)

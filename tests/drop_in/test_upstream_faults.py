@@ -5,8 +5,7 @@ Each test also records what transformers does by itself, so that it says when th
 
 import pytest
 import torch
-from small_models import IMAGE, QUERIES, build
-from test_fuse import assert_alike, calls  # noqa: F401
+from small_models import IMAGE, QUERIES, assert_alike, build
 from transformers import Blip2ForImageTextRetrieval
 
 from blip2_kernels import fuse, unfuse
@@ -53,7 +52,7 @@ def one_by_one(model, pixels, given):
     return torch.cat(rows)
 
 
-def test_one_image_is_matched_with_many_texts(model, calls):  # noqa: F811
+def test_one_image_is_matched_with_many_texts(model, calls):
     pixels, given = torch.randn(1, 3, 16, 16), texts(model, 4)
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         unfuse(model)(pixels, **given, use_image_text_matching_head=True)
@@ -89,7 +88,7 @@ def test_hidden_states_of_one_image_and_many_texts(model):
 
 
 @pytest.mark.parametrize("matching", [True, False])
-def test_a_batch_of_one(model, matching, calls):  # noqa: F811
+def test_a_batch_of_one(model, matching, calls):
     """Works in transformers too."""
     given = texts(model, 1) | {"pixel_values": torch.randn(1, 3, 16, 16)}
     given["use_image_text_matching_head"] = matching
@@ -99,7 +98,7 @@ def test_a_batch_of_one(model, matching, calls):  # noqa: F811
 
 
 @pytest.mark.parametrize("matching", [True, False])
-def test_a_model_without_an_image_token_and_a_text_without_a_mask(model, matching, calls):  # noqa: F811
+def test_a_model_without_an_image_token_and_a_text_without_a_mask(model, matching, calls):
     given = texts(model, 2) | {"pixel_values": torch.randn(2, 3, 16, 16)}
     given["use_image_text_matching_head"] = matching
     given["attention_mask"] = torch.ones_like(given["input_ids"])
@@ -115,7 +114,7 @@ def test_a_model_without_an_image_token_and_a_text_without_a_mask(model, matchin
     assert calls
 
 
-def test_padded_images_beside_text(model, calls):  # noqa: F811
+def test_padded_images_beside_text(model, calls):
     """The model's own image mask is all ones; here its Q-Former is given one with padding."""
     given = texts(model, 2) | {"pixel_values": torch.randn(2, 3, 16, 16)}
     given["use_image_text_matching_head"] = True
