@@ -23,7 +23,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-kernels mutants bench gpu-report lint format clean FORCE
+.PHONY: help demo test test-quick test-kernels mutants bench gpu-report kernels-hub lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make bench       time the attention backends against each other, after checking that they agree"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
 	@echo "                 CUDA extension, tests, measures, writes bench/results (ARGS=--full for all of it)"
+	@echo "make kernels-hub write build/kernels-hub, which the package kernels loads: get_local_kernel(folder)"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
 	@echo "make clean       remove $(VENV) and the caches (runs/ stays)"
@@ -70,6 +71,10 @@ bench: $(VENV)/.installed-dev
 gpu-report:
 	@echo "== gpu-report: installs this checkout in the environment of $(PYTHON)"
 	@$(PYTHON) bench/gpu_report.py $(ARGS)
+
+kernels-hub: $(VENV)/.installed-dev
+	@echo "== kernels-hub: build/kernels-hub, for kernels.get_local_kernel"
+	@$(BIN)/python -m blip2_kernels.hub_layout build/kernels-hub
 
 lint: $(VENV)/.installed-dev
 	@echo "== lint: ruff check, ruff format --check, mypy"

@@ -259,7 +259,7 @@ def test_a_named_backend_runs_the_attentions(monkeypatch, calls):
         monkeypatch.setattr(encoder_layer, name, counted)
     plain = model(**given)
     assert_alike(plain, fuse(model, backend="reference")(**given))
-    assert len(asked) >= 6 and set(asked) == {"reference"}
+    assert len(asked) >= 4 and set(asked) == {"reference"}
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert copied.qformer.fused_encoder.backend == "reference"
     asked.clear()

@@ -150,7 +150,8 @@ def granite_vision():
             "model_type": "siglip_vision_model", "hidden_size": 64, "image_size": 32, "patch_size": 4,
         },
         qformer_config={
-            "model_type": "blip_2_qformer", "intermediate_size": 48, "num_hidden_layers": 2, **NO_DROPOUT
+            "model_type": "blip_2_qformer", "hidden_size": 64, "encoder_hidden_size": 64,
+            "num_attention_heads": 1, "intermediate_size": 48, "num_hidden_layers": 2, **NO_DROPOUT,
         },
         downsample_rate="2/4", projector_dropout=0.0,
     )  # fmt: skip
