@@ -23,6 +23,8 @@ LANGUAGES = {"opt": "opt", "t5": "t5", "llama": "llm"}  # transformers' model_ty
 EVA_VIT_G = Blip2VisionConfig()
 """The one image encoder that LAVIS trained with: 39 of its 40 blocks, 16 heads."""
 OPT_HEADS = {768: 12, 2048: 32, 2560: 32, 4096: 32, 5120: 40}  # by hidden size
+FREE_TOKENS = {"opt": 50265, "t5": 32100}
+"""The first row of the vocabulary without a word, which transformers' processor takes for its image token."""
 BERT_HEAD_DIM, LLAMA_HEAD_DIM = 64, 128
 
 _INSTRUCT_WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
@@ -98,6 +100,9 @@ def config_from_shapes(kind: Kind, state: Mapping[str, Tensor]) -> Blip2Config |
         text_config=dict(text),
         num_query_tokens=_shape(state, "query_tokens")[1],
     )
+    free = FREE_TOKENS.get(kind.language or "")
+    if free is not None and free < config.text_config.vocab_size:
+        config.image_token_index = free
     if kind.language is None:
         config.image_text_hidden_size = _shape(state, "vision_projection.weight")[0]
     return config

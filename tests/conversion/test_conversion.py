@@ -234,6 +234,7 @@ def test_full_size_configurations_are_told_by_shapes(kind, text, qformer):
     assert found.vision_config.to_dict() == wanted.vision_config.to_dict()
     assert found.qformer_config.to_dict() == wanted.qformer_config.to_dict()
     assert found.num_query_tokens == 32
+    assert found.image_token_index == {"opt": 50265, "t5": 32100}.get(kind.language)
     assert kind.language is not None or found.image_text_hidden_size == 256
     if kind.language is not None:
         theirs = {name: getattr(found.text_config, name) for name in text}

@@ -313,6 +313,25 @@ def test_offloaded_by_accelerate(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+@torch.no_grad()
+def test_other_activations(activation, calls):
+    model = build(Blip2ForConditionalGeneration, hidden_act=activation)
+    assert_alike(*both(model, **inputs(Blip2ForConditionalGeneration)))
+    assert calls
+
+
+@torch.no_grad()
+def test_other_position_embeddings_stay_with_transformers(calls, caplog):
+    model = build(Blip2ForConditionalGeneration)
+    model.qformer.config.position_embedding_type = "relative_key"
+    drop_in._say_once.cache_clear()
+    for _ in range(2):
+        assert_alike(*both(model, **inputs(Blip2ForConditionalGeneration)), atol=0)
+    assert not calls and len(caplog.records) == 1
+    assert "position embeddings are relative_key" in caplog.text
+
+
 def test_refusals():
     with pytest.raises(
         TypeError, match=r"model: expected a module in which there is a Blip2QFormerModel, .*got a Linear"
