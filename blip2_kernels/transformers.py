@@ -346,7 +346,8 @@ def fuse(model: Model, *, backend: str = "auto", qformer_dtype: torch.dtype | No
 
     Args:
         model: any module with a Q-Former of transformers in it: BLIP-2, InstructBLIP, InstructBLIP-Video,
-            Granite Speech, Granite Vision, ..., or a Q-Former itself. Fused ones stay fused.
+            Granite Speech, Granite Vision, ..., or a Q-Former itself. Fused ones stay fused; those of a
+            class derived from transformers' stay as they are, which is said once.
         backend: of the attentions: "auto" (for each the first that can serve it), "triton", "torch" or
             "reference"; one that cannot serve a call raises ValueError when it is met.
         qformer_dtype: cast the Q-Formers' parameters to this dtype, which `unfuse` does not take back; for an
@@ -370,6 +371,8 @@ def fuse(model: Model, *, backend: str = "auto", qformer_dtype: torch.dtype | No
             _let_outputs_be_recorded(module)
         if isinstance(module, _FusedQFormer):
             module.attention_backend = backend
+        else:
+            _say_once(f"{type(module).__name__} is a class of its own, whose forward may say something else")
         if qformer_dtype is not None:
             module.to(qformer_dtype)
     for module in model.modules():

