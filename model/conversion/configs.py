@@ -19,7 +19,11 @@ from transformers import (
 from ..checkpoints import CheckpointError
 from .names import Format, Kind
 
-LANGUAGES = {"opt": "opt", "t5": "t5", "llama": "llm"}  # transformers' model_type, LAVIS's word
+LANGUAGES = {
+    "opt": "opt",
+    "t5": "t5",
+    "llama": "llm",
+}  # transformers' model_type, LAVIS's word; others: "llm"
 EVA_VIT_G = Blip2VisionConfig()
 """The one image encoder that LAVIS trained with: 39 of its 40 blocks, 16 heads."""
 OPT_HEADS = {768: 12, 2048: 32, 2560: 32, 4096: 32, 5120: 40}  # by hidden size
@@ -45,11 +49,7 @@ def kind_of(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, form:
         if "itm_head.weight" in state:
             return Kind()
         text = (config.get("text_config") or {}).get("model_type", "opt")
-        if text not in LANGUAGES:
-            raise CheckpointError(
-                f"source: expected a language model that LAVIS has ({', '.join(LANGUAGES)}), got {text!r}"
-            )
-        return Kind(LANGUAGES[text], model_type == "instructblip")
+        return Kind(LANGUAGES.get(text, "llm"), model_type == "instructblip")
     if form != "lavis":
         raise CheckpointError("source: expected a configuration beside the weights, got none")
     if "query_tokens" not in state or not any(name.startswith("Qformer.bert.") for name in state):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import beside, replaced_file, replaced_folder, write_bytes, write_tensors
-from ..checkpoints import CONFIG, MANIFEST, CheckpointError, load_checkpoint, save_checkpoint
+from ..checkpoints import CONFIG, MANIFEST, Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .names import TIED, Format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -196,13 +196,42 @@ def read_ours(path: Path) -> Stored:
     if not path.is_dir() and not beside(path, "previous").is_dir():
         raise CheckpointError(f"{path}: expected a checkpoint's folder, got a file")
     checkpoint = load_checkpoint(path)
-    config = checkpoint.config.get("transformers")
+    config = checkpoint.config.get("transformers") or _trained_config(checkpoint)
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: expected a checkpoint of `blip2-kernels convert`, got one whose configuration has "
-            f"{', '.join(sorted(checkpoint.config)) or 'nothing'}"
+            f"{path}: expected a checkpoint of `blip2-kernels convert` or `train`, got one whose "
+            f"configuration has {', '.join(sorted(checkpoint.config)) or 'nothing'}"
         )
     return Stored(checkpoint.state, checkpoint.extra.get("carried", {}), config)
+
+
+def _trained_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """transformers' configuration of what `blip2-kernels train` saved, of frozen parts with widths only."""
+    model = checkpoint.config.get("model")
+    if checkpoint.config.get("stage") not in (1, 2) or not isinstance(model, dict) or "qformer" not in model:
+        return None
+    qformer = model["qformer"]
+    instruct = qformer.get("model_type") not in (None, "blip_2_qformer")
+    # A stand-in that can be built, until a folder says more: nothing of it is used.
+    text: dict[str, Any] = {"model_type": "opt"}
+    if "language_projection.weight" in checkpoint.state:
+        width = checkpoint.state["language_projection.weight"].shape[0]
+        text |= {"hidden_size": width, "word_embed_proj_dim": width, "num_attention_heads": 1}
+        folder = Path(checkpoint.config.get("language_model") or "")
+        if (folder / CONFIG).is_file():
+            text = read_json(folder / CONFIG)
+    return {
+        "model_type": "instructblip" if instruct else "blip-2",
+        "qformer_config": qformer,
+        "vision_config": {
+            "model_type": "instructblip_vision_model" if instruct else "blip_2_vision_model",
+            "hidden_size": qformer["encoder_hidden_size"],
+            "num_attention_heads": 1,
+        },
+        "text_config": text,
+        "num_query_tokens": model["num_query_tokens"],
+        "image_text_hidden_size": model.get("image_text_hidden_size", 256),
+    }
 
 
 def write_ours(path: Path, stored: Stored, progress: Callable[[int], None]) -> None:

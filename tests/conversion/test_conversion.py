@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_checkpoints import KINDS, config, language_state, lavis_state, save_lavis
+from lavis_checkpoints import KINDS, TEXT, config, language_state, lavis_state, save_lavis
 
 for needed in ("typer", "rich"):
     pytest.importorskip(needed)
@@ -19,15 +19,20 @@ from transformers import (  # noqa: E402
     Blip2ForImageTextRetrieval,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
+    OPTForCausalLM,
 )
 
 from blip2_kernels.model import cli  # noqa: E402
-from blip2_kernels.model.checkpoints import CheckpointError  # noqa: E402
+from blip2_kernels.model.checkpoints import CheckpointError, load_checkpoint, save_checkpoint  # noqa: E402
+from blip2_kernels.model.config import Blip2PreTrainingConfig  # noqa: E402
 from blip2_kernels.model.conversion import containers  # noqa: E402
 from blip2_kernels.model.conversion.check import check_loading  # noqa: E402
 from blip2_kernels.model.conversion.configs import config_from_shapes, kind_of, model_on_meta  # noqa: E402
 from blip2_kernels.model.conversion.convert import convert, plan_conversion  # noqa: E402
 from blip2_kernels.model.conversion.names import FORMATS, Kind, rename  # noqa: E402
+from blip2_kernels.model.generation import Blip2ForConditionalGeneration as OurGeneration  # noqa: E402
+from blip2_kernels.model.pretraining import Blip2ForPreTraining  # noqa: E402
+from blip2_kernels.model.training_state import trainable_state  # noqa: E402
 
 
 def save_config(folder: Path, kind: str) -> Path:
@@ -194,6 +199,36 @@ def test_an_output_layer_of_its_own_is_not_tied(tmp_path):
     loaded = Blip2ForConditionalGeneration.from_pretrained(theirs)
     head, words = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
     torch.testing.assert_close(head, (words + 1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_training_saved_goes_to_lavis_and_back(tmp_path, stage):
+    """As `blip2-kernels train` saves it: trained parts alone, with words about the frozen ones."""
+    settings = config("stage1")
+    language = OPTForCausalLM(TEXT["opt"])
+    language.config.save_pretrained(tmp_path / "opt")
+    whole = {"cls_token_id": 1, "sep_token_id": 2, "max_text_length": 8}
+    model = Blip2ForPreTraining(Blip2PreTrainingConfig.from_blip2_config(settings, **whole))
+    if stage == 2:
+        model = OurGeneration.from_pretraining(model, language)
+    said: dict = {
+        "stage": stage,
+        "model": model.config.to_dict(),
+        "vision": {"name": "vit"},
+        "tokenizer": "bert",
+    }
+    said["language_model"] = str(tmp_path / "opt")
+    saved = trainable_state(model)
+    save_checkpoint(tmp_path / "ours", saved, config=json.loads(json.dumps(said)))
+    lavis = hop(tmp_path / "ours", "blip2_kernels", tmp_path / "lavis.pth", "lavis")
+    names = read_lavis(lavis)
+    assert {"ln_vision.weight", "Qformer.bert.encoder.layer.0.crossattention.self.key.weight"} <= names.keys()
+    assert ("temp" in names) == (stage == 1) and ("opt_proj.bias" in names) == (stage == 2)
+    same = save_config(tmp_path, "stage1" if stage == 1 else "opt")
+    back = hop(lavis, "lavis", tmp_path / "back", "blip2_kernels", config=same)
+    assert_same_state(load_checkpoint(back).state, saved)
+    with pytest.raises(CheckpointError, match=r"missing vision_model\.\*"):
+        hop(tmp_path / "ours", "blip2_kernels", tmp_path / "theirs", "transformers")
 
 
 # --- configurations from shapes ---
