@@ -181,3 +181,9 @@ def test_a_fused_model_in_transformers_trainer(tmp_path, calls):
     assert type(again.qformer).__module__.startswith("transformers.")
     for name, value in again.named_parameters():
         assert torch.equal(value, weights[1][name]), name
+
+    with blip2_kernels.fused():
+        trainer = Trainer(args=arguments, model_init=lambda: build(cls), train_dataset=samples)
+        before = len(calls)
+        trainer.train()
+    assert len(calls) >= before + 3 and type(trainer.model.qformer).__module__ == "blip2_kernels.transformers"
