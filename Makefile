@@ -24,7 +24,7 @@ CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/harness/*.h tests/h
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-kernels mutants bench gpu-report lint format clean FORCE
+.PHONY: help demo test test-quick test-kernels mutants bench gpu-report kernels-hub lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "                 (make bench ARGS=--only=stage1 is a part; pytest bench/ takes a few minutes)"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
 	@echo "                 CUDA extension, tests, measures, writes bench/results (ARGS=--full for all of it)"
+	@echo "make kernels-hub write build/kernels-hub, which the package kernels loads: get_local_kernel(folder)"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make format      let ruff and clang-format format the code"
 	@echo "make clean       remove $(VENV) and the caches (runs/ stays)"
@@ -74,6 +75,10 @@ bench: $(VENV)/.installed-dev
 gpu-report:
 	@echo "== gpu-report: installs this checkout in the environment of $(PYTHON)"
 	@$(PYTHON) bench/gpu_report.py $(ARGS)
+
+kernels-hub: $(VENV)/.installed-dev
+	@echo "== kernels-hub: build/kernels-hub, for kernels.get_local_kernel"
+	@$(BIN)/python -m blip2_kernels.hub_layout build/kernels-hub
 
 lint: $(VENV)/.installed-dev
 	@echo "== lint: ruff check, ruff format --check, mypy, clang-format"

@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fuse", "fused", "unfuse"]
+__all__ = ["fuse", "fused", "register_attention", "unfuse"]
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,8 @@ sys.meta_path.append(_ModelInCheckout)
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are asked for: transformers takes seconds to import."""
     if name in __all__:
-        return getattr(importlib.import_module(".transformers", __name__), name)
+        module = ".attention_interface" if name == "register_attention" else ".transformers"
+        return getattr(importlib.import_module(module, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn import functional as F
+from transformers import Blip2ForImageTextRetrieval, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2ImageTextMatchingModelOutput, Blip2QFormerModel
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 from transformers.models.instructblipvideo.modeling_instructblipvideo import InstructBlipVideoQFormerModel
 from transformers.utils import output_capturing
@@ -34,8 +35,8 @@ Output = BaseModelOutputWithPoolingAndCrossAttentions
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _FusedQFormer(OwnsFusedEncoder):
-    """What fused Q-Formers have in common. Each also inherits from its `original`, the class it had.
+class _Fused:
+    """What fused classes have in common. Each also inherits from its `original`, the class it had.
 
     `__name__` is the original's, which is what transformers prints and writes into configurations; pickles
     find the class by its `__qualname__`.
@@ -48,6 +49,8 @@ class _FusedQFormer(OwnsFusedEncoder):
         if "original" in cls.__dict__:
             cls.__name__ = cls.original.__name__
 
+
+class _FusedQFormer(_Fused, OwnsFusedEncoder):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _let_outputs_be_recorded(self)
@@ -124,6 +127,9 @@ class _FusedQFormer(OwnsFusedEncoder):
             if features is None:
                 raise ValueError("encoder_hidden_states: expected image features for the queries, got None")
             samples = max(samples, features.shape[0])
+            if is_expanded(features) and (image_mask is None or is_expanded(image_mask)):
+                # One image for all samples is projected once.
+                features, image_mask = features[:1], None if image_mask is None else image_mask[:1]
             mask = None if image_mask is None else image_mask != 0
             if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
                 mask = None
@@ -250,14 +256,88 @@ class FusedInstructBlipVideoQFormerModel(_FusedInstructQFormer, InstructBlipVide
     original = InstructBlipVideoQFormerModel
 
 
+class FusedBlip2ForImageTextRetrieval(_Fused, Blip2ForImageTextRetrieval):
+    """`Blip2ForImageTextRetrieval` that also matches one image with many texts, and takes texts without a
+    mask."""
+
+    original = Blip2ForImageTextRetrieval
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        use_image_text_matching_head: bool | None = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' (which see)."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        samples = input_ids.shape[0]
+        if not use_image_text_matching_head or not pixel_values.shape[0] == 1 < samples:
+            return super().forward(
+                pixel_values,
+                input_ids,
+                attention_mask,
+                use_image_text_matching_head,
+                output_attentions,
+                output_hidden_states,
+                return_dict,
+                **kwargs,
+            )
+        count = self.config.num_query_tokens
+        vision = self.vision_model(
+            pixel_values=pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        if self.config.image_token_index is not None:
+            input_ids = input_ids[:, count:]
+        else:
+            attention_mask = F.pad(attention_mask, (count, 0), value=1)
+        features = vision.last_hidden_state.expand(samples, -1, -1)
+        read = self.qformer(
+            query_embeds=self.embeddings(
+                input_ids=input_ids, query_embeds=self.query_tokens.expand(samples, -1, -1)
+            ),
+            query_length=count,
+            attention_mask=attention_mask,
+            encoder_hidden_states=features,
+            return_dict=True,
+        )
+        hidden = read.last_hidden_state.to(self.itm_head.weight.dtype)
+        logits = self.itm_head(hidden[:, :count]).mean(dim=1)
+        output = Blip2ImageTextMatchingModelOutput(
+            logits_per_image=logits,
+            logits_per_text=logits.t(),
+            text_embeds=hidden,
+            image_embeds=features,
+            text_model_output=read,
+            vision_model_output=vision,
+        )
+        if return_dict if return_dict is not None else self.config.return_dict:
+            return output
+        return (*output.to_tuple()[:4], read.to_tuple(), vision.to_tuple())
+
+
 FUSED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     each.original: each
     for each in (FusedBlip2QFormerModel, FusedInstructBlipQFormerModel, FusedInstructBlipVideoQFormerModel)
 }
 """A Q-Former's class in transformers, and the class it has fused."""
+AROUND: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    Blip2ForImageTextRetrieval: FusedBlip2ForImageTextRetrieval
+}
+"""The same for models around a Q-Former that stand in the way of what it can do."""
+BACKENDS = ("auto", "triton", "torch", "reference")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, *, backend: str = "auto", qformer_dtype: torch.dtype | None = None) -> Model:
     """Run every Q-Former of a live transformers model through the fused encoder, in place.
 
     Numbers stay what they were but for rounding, with these differences: elements that dropout zeroes are
@@ -266,18 +346,38 @@ def fuse(model: Model) -> Model:
 
     Args:
         model: any module with a Q-Former of transformers in it: BLIP-2, InstructBLIP, InstructBLIP-Video,
-            Granite Speech, Granite Vision, ..., or a Q-Former itself. Fused ones stay fused.
+            Granite Speech, Granite Vision, ..., or a Q-Former itself. Fused ones stay fused; those of a
+            class derived from transformers' stay as they are, which is said once.
+        backend: of the attentions: "auto" (for each the first that can serve it), "triton", "torch" or
+            "reference"; one that cannot serve a call raises ValueError when it is met.
+        qformer_dtype: cast the Q-Formers' parameters to this dtype, which `unfuse` does not take back; for an
+            fp16 load, which leaves them in fp32, torch.bfloat16. Default: as they are.
 
     Returns:
         The model that was given.
 
     Raises:
-        TypeError: no module, or none of its modules is a Q-Former.
+        TypeError: no module, none of its modules is a Q-Former, or no floating dtype.
+        ValueError: an unknown backend.
     """
+    if backend not in BACKENDS:
+        names = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend: expected one of {names}, got {describe(backend)}")
+    if qformer_dtype is not None and qformer_dtype not in DTYPES:
+        raise TypeError(f"qformer_dtype: expected a floating torch.dtype, got {describe(qformer_dtype)}")
     for module in _qformers(model):
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
             _let_outputs_be_recorded(module)
+        if isinstance(module, _FusedQFormer):
+            module.attention_backend = backend
+        else:
+            _say_once(f"{type(module).__name__} is a class of its own, whose forward may say something else")
+        if qformer_dtype is not None:
+            module.to(qformer_dtype)
+    for module in model.modules():
+        if type(module) in AROUND:
+            module.__class__ = AROUND[type(module)]
     return model
 
 
@@ -296,24 +396,30 @@ def unfuse(model: Model) -> Model:
     for module in _qformers(model):
         if isinstance(module, _FusedQFormer):
             module.__dict__.pop("_fused_encoder", None)
+            module.__dict__.pop("_attention_backend", None)
+    for module in model.modules():
+        if isinstance(module, _Fused):
             module.__class__ = module.original
     return model
 
 
 @contextlib.contextmanager
-def fused() -> Iterator[None]:
+def fused(*, backend: str = "auto") -> Iterator[None]:
     """Fuse the Q-Formers that transformers builds inside, whichever way:
 
     with blip2_kernels.fused():
         model = Blip2ForConditionalGeneration.from_pretrained(path)
+
+    Args:
+        backend: as for `fuse`.
     """
-    before = {original: original.__dict__.get("__init__") for original in FUSED}
+    before = {original: original.__dict__.get("__init__") for original in (*FUSED, *AROUND)}
 
     def building(original: type[PreTrainedModel], init: Any) -> Any:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             init(self, *args, **kwargs)
             if type(self) is original:
-                fuse(self)
+                fuse(self, backend=backend)
 
         return functools.wraps(init)(__init__)
 

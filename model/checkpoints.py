@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from blip2_kernels.checks import check_device, describe
+
+from .atomic import beside, replaced_folder, write_bytes, write_tensors
 
 FORMAT = 1
 MODEL, CONFIG, METADATA, MANIFEST = "model.safetensors", "config.json", "metadata.json", "manifest.json"
@@ -111,26 +112,15 @@ def save_checkpoint(
     if path.exists() and any(path.iterdir()) and not (path / MANIFEST).is_file():
         raise ValueError(f"path_dir: expected a checkpoint or an empty directory to replace, got {path}")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _settle(path)
-    partial = _beside(path, "partial")
-    if partial.exists():  # of a process that died while writing it
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
+    with replaced_folder(path) as partial:
         for name, state in stored.items():
-            _write_tensors(partial / f"{name}.safetensors", state)
+            write_tensors(partial / f"{name}.safetensors", state)
         for name, content in documents.items():
-            _write_bytes(partial / name, content)
+            write_bytes(partial / name, content)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in partial.iterdir()
         }
-        _write_bytes(partial / MANIFEST, _manifest_bytes({"format": FORMAT, "files": files, "tied": tied}))
-        _sync_directory(partial)
-        _swap(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_bytes(partial / MANIFEST, _manifest_bytes({"format": FORMAT, "files": files, "tied": tied}))
     return path
 
 
@@ -254,42 +244,8 @@ def _final_path(path_dir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _beside(path: Path, role: str) -> Path:
-    """A hidden neighbour of `path`: on the same file system, so that a rename is atomic."""
-    return path.with_name(f".{path.name}.{role}")
-
-
-def _swap(partial: Path, path: Path) -> None:
-    """Put a complete directory in place of the one at `path`.
-
-    A directory that is not empty cannot be replaced in one step everywhere. Between the two renames the old
-    checkpoint is whole under its `previous` name, where readers find it.
-    """
-    previous = _beside(path, "previous")
-    if path.exists():
-        os.rename(path, previous)
-    try:
-        os.rename(partial, path)
-    except OSError:
-        if previous.exists():
-            os.rename(previous, path)
-        raise
-    _sync_directory(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _settle(path: Path) -> None:
-    """Finish what a process that died inside `_swap` left behind."""
-    previous = _beside(path, "previous")
-    if previous.exists():
-        if path.exists():
-            shutil.rmtree(previous)
-        else:
-            os.rename(previous, path)
-
-
 def _readable_path(path: Path) -> Path:
-    for candidate in (path, _beside(path, "previous")):
+    for candidate in (path, beside(path, "previous")):
         if (candidate / MANIFEST).is_file():
             return candidate
     if path.is_dir() and any((path / name).exists() for name in (MODEL, CONFIG, METADATA)):
@@ -348,16 +304,20 @@ def _untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _refuse_nonfinite(argument: str, state: Mapping[str, Tensor]) -> None:
-    bad = [name for name, value in state.items() if value.is_floating_point() and not _all_finite(value)]
+    bad = [name for name, value in state.items() if not all_finite(value)]
     if bad:
         message = f"{argument}: expected finite values, got NaN or infinity in {', '.join(bad)}"
         raise CheckpointError(f"{message} (check_finite=False allows them)")
 
 
-def _all_finite(value: Tensor) -> bool:
+def all_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
     if value.element_size() == 1:  # float8 has no isfinite
         value = value.float()
-    return bool(torch.isfinite(value).all())
+    if value.numel() == 0 or not value.is_floating_point():
+        return True
+    # NaN and infinity reach the extremes, and nothing of the tensor's size is made on the way.
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value))
 
 
 def _json_bytes(argument: str, document: Mapping[str, Any]) -> bytes:
@@ -385,33 +345,6 @@ def _check_keys(argument: str, document: Any) -> None:
 
 
 # --- bytes on the disk ---
-
-
-def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    try:
-        safetensors.torch.save_file(state, path)
-    except safetensors.SafetensorError as error:
-        # A full disk arrives here as a library error with the operating system's text in it.
-        raise OSError(f"{path.name}: cannot write: {error}") from error
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Make new names in a directory survive a power cut, where the system can open directories."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sha256(path: Path) -> str:

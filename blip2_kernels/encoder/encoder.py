@@ -58,11 +58,16 @@ class FusedEncoder:
             true attribute `gradient_checkpointing` its layers are computed again in the backward.
         call_layer: how to call one of its layers; None where that is not known, and changed layers are
             refused.
+        backend: of the attentions: "auto" (for each the first that can serve it), "triton", "torch" or
+            "reference"; one that cannot serve a call raises ValueError.
     """
 
-    def __init__(self, qformer: nn.Module, call_layer: CallLayer | None = None) -> None:
+    def __init__(
+        self, qformer: nn.Module, call_layer: CallLayer | None = None, backend: str = "auto"
+    ) -> None:
         self.qformer = qformer
         self.call_layer = call_layer
+        self.backend = backend
         self.plan = Plan()
         self._cache: WeightCache | None = None
 
@@ -340,7 +345,7 @@ class FusedEncoder:
         if drops(self.qformer):
             key = draw_key(layout.device) if dropout_key is None else dropout_key
         heads = self.qformer.config.num_attention_heads
-        run = Pass(layout, mask, heads, images, image_index, key, self._fold, self._join)
+        run = Pass(layout, mask, heads, images, image_index, key, self._fold, self._join, self.backend)
         kept = Selected.of(layout, keep_queries, keep)
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)

@@ -59,6 +59,7 @@ class Pass:
         dropout_key: int64 [] Philox key of the step, or None where nothing is dropped.
         fold: `FoldedLinear.fold`, or that of a cache.
         join: `WeightCache.joined` where self-attention's projections are one product.
+        backend: of the attentions.
     """
 
     layout: TokenLayout
@@ -69,6 +70,7 @@ class Pass:
     dropout_key: Tensor | None
     fold: Fold = FoldedLinear.fold
     join: Join | None = None
+    backend: str = "auto"
 
     def hidden_dropout(
         self, dropout: nn.Dropout, names: Tensor, layer: int, site: Site
@@ -128,7 +130,9 @@ def self_attention_part(
         q = call_linear(attention.query, asking).unflatten(-1, (run.heads, -1))
         k, v = _projections(run, rows, attention.key, attention.value)
     drop = run.attention_dropout(attention, number)
-    context = self_attention(q, k, v, layout, run.layout, run.mask, scale=attention.scaling, **drop)
+    context = self_attention(
+        q, k, v, layout, run.layout, run.mask, scale=attention.scaling, backend=run.backend, **drop
+    )
     return _add_norm(
         layer.attention.output, context.flatten(1), asking, layout.row_keys, number, Site.SELF_OUTPUT, run
     )
@@ -160,7 +164,14 @@ def shared_self_attention_part(
 
     if text is not None and run.mask.joins_queries_and_text:
         context = self_attention(
-            spread(q), spread(k), spread(v), layout, layout, run.mask, scale=attention.scaling
+            spread(q),
+            spread(k),
+            spread(v),
+            layout,
+            layout,
+            run.mask,
+            scale=attention.scaling,
+            backend=run.backend,
         )
         rows = spread(rows)
         rows = dense_add_norm(output.dense, output.LayerNorm, context.flatten(1), rows, None)
@@ -168,12 +179,26 @@ def shared_self_attention_part(
 
     one = TokenLayout.from_attention_masks(count, samples=1, device=rows.device)
     context = self_attention(
-        q[:count], k[:count], v[:count], one, one, AttentionMask(), scale=attention.scaling
+        q[:count],
+        k[:count],
+        v[:count],
+        one,
+        one,
+        AttentionMask(),
+        scale=attention.scaling,
+        backend=run.backend,
     )
     if text is not None:
         texts, _ = layout.select(queries=False)
         read = self_attention(
-            q[count:], spread(k), spread(v), texts, layout, run.mask, scale=attention.scaling
+            q[count:],
+            spread(k),
+            spread(v),
+            texts,
+            layout,
+            run.mask,
+            scale=attention.scaling,
+            backend=run.backend,
         )
         context = torch.cat([context, read])
     rows = dense_add_norm(output.dense, output.LayerNorm, context.flatten(1), rows, None)
@@ -210,6 +235,7 @@ def cross_attention_part(
             image_mask=_mask_of_samples(run),
             row_keys=names.unflatten(0, (samples, count)),
             scale=attention.scaling,
+            backend=run.backend,
             **run.attention_dropout(attention, number),
         ).flatten(2)
         if images.context_bias is not None:
@@ -316,6 +342,7 @@ def _absorbed(attention: nn.Module, q: Tensor, run: Pass) -> Tensor:
         latent.expand(samples, -1, -1),
         features.values,
         scale=attention.scaling,
+        backend=run.backend,
         image_index=run.image_index if run.images.shared else None,
         image_mask=_mask_of_samples(run),
     )

@@ -18,8 +18,20 @@ class OwnsFusedEncoder:
         if "_fused_encoder" not in self.__dict__:
             # Past nn.Module.__setattr__: the encoder refers back to this module and must not become its
             # child.
-            self.__dict__["_fused_encoder"] = FusedEncoder(self, self.call_layer)
+            encoder = FusedEncoder(self, self.call_layer, self.attention_backend)
+            self.__dict__["_fused_encoder"] = encoder
         return self.__dict__["_fused_encoder"]
+
+    @property
+    def attention_backend(self) -> str:
+        """What `FusedEncoder` is given as its `backend`; copies keep it."""
+        return self.__dict__.get("_attention_backend", "auto")
+
+    @attention_backend.setter
+    def attention_backend(self, backend: str) -> None:
+        self.__dict__["_attention_backend"] = backend
+        if "_fused_encoder" in self.__dict__:
+            self.__dict__["_fused_encoder"].backend = backend
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the encoder, which belongs to this module and not to its copies."""

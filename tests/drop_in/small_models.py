@@ -24,6 +24,8 @@ from transformers import (
     OPTConfig,
 )
 
+from blip2_kernels import fuse, unfuse
+
 QUERIES, IMAGE = 5, 63
 WIDTH = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
 TEXT = dict(vocab_size=60, max_position_embeddings=32, initializer_range=0.2, num_hidden_layers=4)
@@ -70,6 +72,10 @@ def build(cls: type[nn.Module], seed: int = 0, **qformer_options: Any) -> Any:
     model = cls(config).eval()
     if hasattr(model, "query_tokens"):
         nn.init.normal_(model.query_tokens)
+    # transformers starts image encoders near 0, where all pictures look alike.
+    for parameter in getattr(model, "vision_model", nn.Module()).parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
     return model
 
 
@@ -119,3 +125,24 @@ def tensors_of(output: Any, path: str = "") -> dict[str, torch.Tensor]:
         else ()
     )
     return {name: t for key, value in items for name, t in tensors_of(value, f"{path}.{key}").items()}
+
+
+def doubled(given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in fp64."""
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
+    }
+
+
+def both(model, *given, **named):
+    """What a model says as it was, and fused."""
+    plain = unfuse(model)(*given, **named)
+    return plain, fuse(model)(*given, **named)
+
+
+def assert_alike(plain, ours, atol=1e-5):
+    plain, ours = tensors_of(plain), tensors_of(ours)
+    assert plain.keys() == ours.keys() and plain
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from small_models import FAMILIES, QUERIES, build, inputs, tensors_of
+from small_models import FAMILIES, QUERIES, assert_alike, both, build, doubled, inputs
 from torch import nn
 from transformers import (
     Blip2ForConditionalGeneration,
@@ -20,27 +20,6 @@ import blip2_kernels
 import blip2_kernels.transformers as drop_in
 from blip2_kernels import fuse, unfuse
 from blip2_kernels.encoder.modules import checkpoints
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts the passes of fused encoders."""
-    made = []
-    encode = drop_in.encode_padded
-    monkeypatch.setattr(drop_in, "encode_padded", lambda *a, **k: made.append(a) or encode(*a, **k))
-    return made
-
-
-def both(model, **given):
-    plain = unfuse(model)(**given)
-    return plain, fuse(model)(**given)
-
-
-def assert_alike(plain, ours, atol=1e-5):
-    plain, ours = tensors_of(plain), tensors_of(ours)
-    assert plain.keys() == ours.keys() and plain
-    for name, value in plain.items():
-        torch.testing.assert_close(ours[name], value, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("cls", FAMILIES, ids=lambda cls: cls.__name__)
@@ -74,7 +53,7 @@ def test_gradients_of_a_training_step(cls, implementation, calls):
     dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = build(cls, **dropout).double()
     model.set_attn_implementation(implementation)
-    given = {n: v.double() if v.is_floating_point() else v for n, v in inputs(cls).items()}
+    given = doubled(inputs(cls))
     if cls is Blip2ForImageTextRetrieval:
         given["use_image_text_matching_head"] = True
     found = []
@@ -99,9 +78,7 @@ def test_gradients_of_a_training_step(cls, implementation, calls):
 def test_precisions(mix, calls):
     cls = Blip2ForConditionalGeneration
     model = build(cls)
-    truth = copy.deepcopy(model).double()(
-        **{n: v.double() if v.is_floating_point() else v for n, v in inputs(cls).items()}
-    )
+    truth = copy.deepcopy(model).double()(**doubled(inputs(cls)))
     dtype = torch.float16 if mix.startswith("fp16") else torch.bfloat16
     given = inputs(cls)
     if mix != "autocast":
@@ -256,7 +233,7 @@ def test_what_changes_afterwards_counts(calls):
     model(**inputs(cls))
     model.double()
     model.qformer.encoder.layer[1].register_forward_hook(lambda module, args, out: out * 1.5)
-    given = {n: v.double() if v.is_floating_point() else v for n, v in inputs(cls).items()}
+    given = doubled(inputs(cls))
     ours = model(**given)
     assert_alike(unfuse(model)(**given), ours, atol=1e-10)
     fuse(model).qformer.encoder.register_forward_pre_hook(lambda module, args: None)
@@ -269,7 +246,7 @@ def test_gradient_checkpointing(calls):
     cls = Blip2ForConditionalGeneration
     dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = build(cls, **dropout).double()
-    given = {n: v.double() if v.is_floating_point() else v for n, v in inputs(cls).items()}
+    given = doubled(inputs(cls))
     found = []
     for change in (unfuse, fuse):
         change(model).train()
@@ -308,7 +285,7 @@ def test_lora(calls):
     model = fuse(build(cls, **dropout)).double()
     config = peft.LoraConfig(target_modules=r".*qformer.*\.(query|value)", init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config)
-    given = {n: v.double() if v.is_floating_point() else v for n, v in inputs(cls).items()}
+    given = doubled(inputs(cls))
     found = []
     for change in (unfuse, fuse):
         change(wrapped).zero_grad()
@@ -334,6 +311,41 @@ def test_offloaded_by_accelerate(calls):
     accelerate.cpu_offload(fuse(model), execution_device="cpu")
     assert_alike(plain, model(**inputs(cls)))
     assert not calls
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+@torch.no_grad()
+def test_other_activations(activation, calls):
+    model = build(Blip2ForConditionalGeneration, hidden_act=activation)
+    assert_alike(*both(model, **inputs(Blip2ForConditionalGeneration)))
+    assert calls
+
+
+@torch.no_grad()
+def test_other_position_embeddings_stay_with_transformers(calls, caplog):
+    model = build(Blip2ForConditionalGeneration)
+    model.qformer.config.position_embedding_type = "relative_key"
+    drop_in._say_once.cache_clear()
+    for _ in range(2):
+        assert_alike(*both(model, **inputs(Blip2ForConditionalGeneration)), atol=0)
+    assert not calls and len(caplog.records) == 1
+    assert "position embeddings are relative_key" in caplog.text
+
+
+class _QFormerOfTheirOwn(Blip2QFormerModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).last_hidden_state * 2
+
+
+@torch.no_grad()
+def test_a_class_of_their_own_stays_as_it_is(calls, caplog):
+    model = build(Blip2ForConditionalGeneration).qformer
+    model.__class__ = _QFormerOfTheirOwn
+    given = dict(query_embeds=torch.randn(2, QUERIES, 32), encoder_hidden_states=torch.randn(2, 17, 32))
+    plain = model(**given)
+    drop_in._say_once.cache_clear()
+    assert torch.equal(fuse(model)(**given), plain) and not calls
+    assert "_QFormerOfTheirOwn is a class of its own" in caplog.text
 
 
 def test_refusals():

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from blip2_kernels.model import checkpoints
+from blip2_kernels.model import atomic, checkpoints
 from blip2_kernels.model.checkpoints import (
     CheckpointError,
     latest_checkpoint,
@@ -161,18 +161,19 @@ class Killed(BaseException):
 
 
 STEPS = {
-    "the weights": ("_write_tensors", 1),
-    "the configuration": ("_write_bytes", 1),
-    "the metadata": ("_write_bytes", 2),
-    "the manifest": ("_write_bytes", 3),
-    "the directory": ("_sync_directory", 1),
-    "the swap": ("_swap", 1),
+    "the weights": ("write_tensors", 1),
+    "the configuration": ("write_bytes", 1),
+    "the metadata": ("write_bytes", 2),
+    "the manifest": ("write_bytes", 3),
+    "the directory": ("sync_directory", 1),
+    "the swap": ("swap", 1),
 }
 
 
 def fail_at(monkeypatch, function: str, call: int, error: BaseException) -> list[int]:
-    """Let the n-th call of a function of the module write a little and then fail; counts the failures."""
-    original = getattr(checkpoints, function)
+    """Let the n-th call of a function write a little and then fail; counts the failures."""
+    module = checkpoints if hasattr(checkpoints, function) else atomic
+    original = getattr(module, function)
     calls, failures = [], []
 
     def failing(path, *args):
@@ -180,11 +181,11 @@ def fail_at(monkeypatch, function: str, call: int, error: BaseException) -> list
         if len(calls) < call:
             return original(path, *args)
         failures.append(call)
-        if function.startswith("_write"):
+        if function.startswith("write"):
             path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoints, function, failing)
+    monkeypatch.setattr(module, function, failing)
     return failures
 
 
