@@ -24,8 +24,8 @@ template <bool kWide, class T>
 __device__ __forceinline__ PackedSummands<T> fetch_summands(
     const Summands<T>& summands, int octet, int width, bool there) {
   return {
-      fetch_octet<kWide>(summands.first, octet, width, there),
-      fetch_octet<kWide>(summands.second, octet, width, there && summands.second != nullptr)};
+      fetch_octet<kWide, true>(summands.first, octet, width, there),
+      fetch_octet<kWide, true>(summands.second, octet, width, there && summands.second != nullptr)};
 }
 
 // Loads are under way before anything is computed: of a row's summands, then of the two vectors.

@@ -34,12 +34,14 @@ bool is_wide(const void* data, int64_t stride) {
 
 // Octet number `octet` of a row; channels from `width` on are 0, and all of them where it is not `there`.
 // With kWide the whole octet is there, aligned, or nothing of it. No branch: loads that follow one another
-// are under way at once.
-template <bool kWide, class T>
+// are under way at once. With kAssumeGlobal the compiler is told what it could not find out: that the row is
+// in global memory.
+template <bool kWide, bool kAssumeGlobal = false, class T>
 __device__ __forceinline__ Packed<T> fetch_octet(const T* row, int octet, int width, bool there) {
   Packed<T> out = {};
   const T* data = row + octet * kLanes;
   if constexpr (kWide) {
+    if (kAssumeGlobal && there) assume_global(data);
 #pragma unroll
     for (int unit = 0; unit < Packed<T>::kUnits; ++unit)
       if (there) out.unit[unit] = reinterpret_cast<const Sixteen*>(data)[unit];

@@ -32,6 +32,13 @@ HOST_DEVICE float reciprocal_root(float x) {
 #endif
 }
 
+// Tells a CUDA compiler that a pointer is to global memory, where it has been chosen among several.
+HOST_DEVICE void assume_global([[maybe_unused]] const void* data) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(data));
+#endif
+}
+
 // A product that is rounded wherever it stands, never fused with a sum behind it: a backward that computes
 // again what its forward computed gets the same bits.
 HOST_DEVICE float rounded_product(float a, float b) {

@@ -1,4 +1,5 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, and loads and stores of 16 bytes.
+"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, and loads and stores of 16 bytes
+or more of global memory.
 
     python tests/csrc/cuda_budget.py            compare with cuda_budget.json
     python tests/csrc/cuda_budget.py --write    record
@@ -75,8 +76,8 @@ def measure(architecture: int) -> dict[str, Figures]:
                     "stack": stack + local,
                     "shared": shared,
                     "spills": len(re.findall(r"\b(?:LDL|STL)\b", text)),
-                    "loads_128": len(re.findall(r"\bLDG?\.E\.(?:\w+\.)*128", text)),
-                    "stores_128": len(re.findall(r"\bSTG?\.E\.(?:\w+\.)*128", text)),
+                    "loads_128": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*(?:128|256)", text)),
+                    "stores_128": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*(?:128|256)", text)),
                     "atomics": len(re.findall(r"\b(?:ATOMG?|RED)\b", text)),
                 }
     return found
@@ -92,7 +93,7 @@ def problems(name: str, figures: Figures, recorded: Figures | None) -> list[str]
     wrong = [f"{name}: {figures[kind]} {kind}" for kind in ("stack", "spills", "atomics") if figures[kind]]
     wide = "sum_parts" not in name and not loads_single_numbers(name)
     if wide and not (figures["loads_128"] and figures["stores_128"]):
-        wrong.append(f"{name}: no loads or no stores of 128 bits")
+        wrong.append(f"{name}: no loads or no stores of 128 bits of global memory")
     if recorded is None:
         wrong.append(f"{name}: not recorded, run cuda_budget.py --write")
     elif figures["registers"] > recorded["registers"] * SLACK or figures["shared"] > recorded["shared"]:
