@@ -58,6 +58,41 @@ def test_nothing_is_looked_for_where_nothing_is_wanted(tmp_path):
     assert code == 0 and said == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("", [80, 86, 89, 90]),  # 10.0 too, but this nvcc does not know it
+        ("9.0", [90]),
+        ("8.0, 9.0a+PTX", [80, "90a", "compute_90a"]),
+        ("10.0;", [100]),  # nvcc itself refuses what was asked for
+        ("sm_90", "TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got 'sm_90'"),
+    ],
+    ids=["default", "one", "with PTX", "unknown to nvcc", "another notation"],
+)
+def test_what_cuda_is_compiled_for(tmp_path, asked, expected):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_80; echo sm_86; echo sm_89; echo sm_90\n")
+    nvcc.chmod(0o755)
+    show = (
+        "import runpy, setuptools, sys\n"
+        "setuptools.setup = lambda **options: None\n"
+        "print(*runpy.run_path('setup.py')['architecture_flags'](sys.argv[1]))"
+    )
+    environment = clean_environment(BLIP2_KERNELS_BUILD="0", TORCH_CUDA_ARCH_LIST=asked)
+    command = [sys.executable, "-c", show, str(nvcc)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if isinstance(expected, str):
+        assert done.returncode == 1 and expected in done.stderr
+        return
+    flags = [
+        f"-gencode=arch={code},code={code}"
+        if isinstance(code, str) and code.startswith("compute")
+        else f"-gencode=arch=compute_{code},code=sm_{code}"
+        for code in expected
+    ]
+    assert done.stdout.split() == flags, done.stderr
+
+
 def test_an_unknown_wish(tmp_path):
     code, _, done = plan(tmp_path, BLIP2_KERNELS_BUILD="gpu")
     assert code == 1 and "BLIP2_KERNELS_BUILD: expected 0, cpu or cuda, got 'gpu'" in done.stderr
