@@ -136,8 +136,7 @@ class ImagePreprocessing:
             raise ValueError(
                 f"interpolation: expected one of {', '.join(PIL_FILTERS)}, got {self.interpolation!r}"
             )
-        if not isinstance(self.crop, bool):
-            raise TypeError(f"crop: expected a bool, got {describe(self.crop)}")
+        check_bool("crop", self.crop)
         if not isinstance(self.background, tuple | list):
             raise TypeError(f"background: expected (red, green, blue), got {describe(self.background)}")
         background = tuple(self.background)

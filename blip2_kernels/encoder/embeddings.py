@@ -45,11 +45,8 @@ def first_rows(
         ids, words, positions, padding_idx = None, None, None, None
         if texts and embeddings is not None:
             ids, table = texts, embeddings.word_embeddings
-            words, positions, padding_idx = (
-                table.weight,
-                embeddings.position_embeddings.weight,
-                table.padding_idx,
-            )
+            words, padding_idx = table.weight, table.padding_idx
+            positions = embeddings.position_embeddings.weight
         elif texts:
             words = (texts[0] if len(texts) == 1 else torch.cat([t.to(beside) for t in texts])).to(dtype)
         return embed_tokens(

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...checks import INTEGERS, check_int, check_range, check_tensor, describe
+from ...checks import INTEGERS, check_bool, check_int, check_range, check_tensor, describe
 from ...layout import TokenLayout
 from ..add_layer_norm.api import check_eps, check_row_dropout
 from ..backends import choose_backend
@@ -123,8 +123,7 @@ Alike = tuple[list[torch.dtype], torch.device]
 
 def _check_queries(queries: object, layout: TokenLayout, width: int, expand: object, alike: Alike) -> int:
     """The number of query rows to be written."""
-    if not isinstance(expand, bool):
-        raise TypeError(f"expand_queries: expected a bool, got {describe(expand)}")
+    check_bool("expand_queries", expand)
     count = layout.num_queries
     if queries is None or not count:
         if queries is not None or count:
