@@ -65,7 +65,7 @@ test-kernels: $(VENV)/.installed-dev
 
 mutants: $(VENV)/.installed-dev
 	@echo "== mutants: planted faults in the kernels"
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutants.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutants.py --jobs $(JOBS) $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	@echo "== bench: all groups of cases beside their peers; what is wrong is not timed"

@@ -394,6 +394,7 @@ def load_efficientnet_lite0(
     # The classifier is no part of the features, and would only be hashed and moved about.
     network._fc = network._dropout = network._avg_pooling = nn.Identity()
     _fold_batch_norms(network)
+    _fold_even_padding(network)
     return FrozenVisionEncoder(
         network.to(dtype=dtype, memory_format=torch.channels_last),
         kind="module",
@@ -414,3 +415,13 @@ def _fold_batch_norms(network: nn.Module) -> None:
         folded = nn.utils.fuse_conv_bn_eval(getattr(owner, convolution), getattr(owner, norm))
         setattr(owner, convolution, folded)
         setattr(owner, norm, nn.Identity())
+
+
+def _fold_even_padding(network: nn.Module) -> None:
+    """Let convolutions pad for themselves, in place, where both sides get as much: no padded copy is made."""
+    for convolution in network.modules():
+        zeros = getattr(convolution, "static_padding", None)
+        if isinstance(convolution, nn.Conv2d) and isinstance(zeros, nn.ZeroPad2d):
+            left, right, top, bottom = zeros.padding
+            if left == right and top == bottom:
+                convolution.padding, convolution.static_padding = (top, left), nn.Identity()

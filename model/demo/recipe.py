@@ -50,10 +50,10 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 720
+    stage1_steps: int = 680
     stage1_warmup_steps: int = 100
-    stage2_steps: int = 600
-    prompt_only_steps: int = 80
+    stage2_steps: int = 560
+    prompt_only_steps: int = 40
     stage1_batch_size: int = 32
     stage2_batch_size: int = 16
     stage1_learning_rate: float = 2e-4

@@ -1,8 +1,8 @@
 """Do the kernel tests find faults? Plant small ones in the kernels, one at a time, and see.
 
-    python tests/kernels/mutants.py [--list] [--only PART_OF_A_NAME]
+    python tests/kernels/mutants.py [--list] [--only PART_OF_A_NAME] [--jobs 2]
 
-A copy of the package and its tests gets the faults of `planted_faults.py`; this checkout stays as it is. A
+Copies of the package and its tests get the faults of `planted_faults.py`; this checkout stays as it is. A
 fault counts as found where a test fails: first those of FAST are run, then GAPS, then the whole test file.
 Anything else (a test that fails without a fault, a fault whose text is gone, a run that takes too long) is
 an error.
@@ -16,10 +16,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from typing import ClassVar
 
 from planted_faults import EXPLAINED, MUTANTS, Mutant
 
@@ -63,6 +67,10 @@ def pytest_sessionfinish(session):
 '''
 
 
+class MutantsError(Exception):
+    """Nothing can be said about a fault: the tests fail without it, or did not run as they should."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run of pytest said.
@@ -79,14 +87,17 @@ class Run:
 class Checkout:
     """A copy of what the kernel tests need, in a folder of its own."""
 
+    passed: ClassVar[set[tuple[str, str]]] = set()
+    """Test file and selection of the runs without a fault: one copy's result is every copy's."""
+
+    passing = threading.Lock()
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("blip2_kernels", "model", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "only_the_copy.py").write_text(PLUGIN)
-        # By test file and selection, without a fault.
-        self.sound = cache(self._sound)
 
     def plant(self, mutant: Mutant) -> "Run":
         """Run the tests that should find a fault, with the fault in its place."""
@@ -94,7 +105,8 @@ class Checkout:
         former, faulty = place.read_text(), mutant.source(self.folder)
         run = Run(None, 0.0)
         for test, selection in ((mutant.test, FAST), (GAPS, ""), (mutant.test, "")):
-            self.sound(test, selection)
+            with self.passing:
+                self._pass_without_a_fault(test, selection)
             place.write_text(faulty)
             try:
                 more = self._pytest(test, selection)
@@ -105,11 +117,14 @@ class Checkout:
                 break
         return run
 
-    def _sound(self, test: str, selection: str) -> None:
+    def _pass_without_a_fault(self, test: str, selection: str) -> None:
+        if (test, selection) in self.passed:
+            return
         run = self._pytest(test, selection)
         if run.failed:
-            raise SystemExit(f"{test} fails without any fault: {run.failed}")
-        print(f"       {test} passes without a fault ({run.seconds:.0f} s)", flush=True)
+            raise MutantsError(f"{test} fails without any fault: {run.failed}")
+        self.passed.add((test, selection))
+        print(f"        {test} passes without a fault ({run.seconds:.0f} s)", flush=True)
 
     def _pytest(self, test: str, selection: str) -> Run:
         command = [sys.executable, "-m", "pytest", f"tests/kernels/{test}", *PYTEST, *PLUGINS]
@@ -123,22 +138,49 @@ class Checkout:
                 command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=LIMIT
             )
         except subprocess.TimeoutExpired:
-            raise SystemExit(f"{test}: more than {LIMIT} s") from None
+            raise MutantsError(f"{test}: more than {LIMIT} s") from None
         seconds = time.monotonic() - begin
         if done.returncode == 0:
             return Run(None, seconds)
         found = re.search(r"^FAILED \S+?::(.*)$", done.stdout, re.MULTILINE)
         if done.returncode != 1 or not found:
             output = (done.stdout + done.stderr)[-4000:]
-            raise SystemExit(f"{test}: pytest ended with status {done.returncode}\n{output}")
+            raise MutantsError(f"{test}: pytest ended with status {done.returncode}\n{output}")
         return Run(found[1], seconds)
+
+
+def plant_all(chosen: Iterable[Mutant], folder: Path, jobs: int) -> Iterator[tuple[Mutant, Run]]:
+    """What the tests say of each fault, in the order in which that is known; `jobs` copies at a time."""
+    chosen, free = list(chosen), SimpleQueue()
+    for job in range(jobs):
+        free.put(Checkout(folder / str(job)))
+    for mutant in chosen:
+        mutant.source(ROOT)
+
+    def plant(mutant: Mutant) -> tuple[Mutant, Run]:
+        checkout = free.get()
+        try:
+            return mutant, checkout.plant(mutant)
+        finally:
+            free.put(checkout)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(plant, mutant) for mutant in chosen]
+        try:
+            for run in as_completed(runs):
+                yield run.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the names and plant nothing")
     parser.add_argument("--only", default="", metavar="NAME", help="plant those with this in their names")
+    parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time (default 1)")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected 1 or more, got {arguments.jobs}")
     chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
     if not chosen:
         parser.error(f"--only: expected a part of a name, got {arguments.only!r}; --list prints the names")
@@ -150,19 +192,15 @@ def main() -> int:
 
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
-        checkout = Checkout(Path(folder))
-        for mutant in chosen:
-            mutant.source(checkout.folder)
-        for number, mutant in enumerate(chosen, 1):
-            run = checkout.plant(mutant)
-            if run.failed is None:
-                survivors.append(mutant)
-            place = mutant.file.removeprefix("blip2_kernels/ops/").replace("triton/", "")
-            verdict = run.failed[:100] if run.failed else "SURVIVES"
-            print(
-                f"{number:3}/{len(chosen)} {mutant.name:{width}} {place:32} {run.seconds:4.0f} s  {verdict}",
-                flush=True,
-            )
+        try:
+            for number, (mutant, run) in enumerate(plant_all(chosen, Path(folder), arguments.jobs), 1):
+                if run.failed is None:
+                    survivors.append(mutant)
+                place = mutant.file.removeprefix("blip2_kernels/ops/").replace("triton/", "")
+                what = f"{mutant.name:{width}} {place:32} {run.seconds:4.0f} s"
+                print(f"{number:3}/{len(chosen)} {what}  {(run.failed or 'SURVIVES')[:100]}", flush=True)
+        except (MutantsError, ValueError) as error:
+            raise SystemExit(str(error)) from None
     return summary(len(chosen), survivors)
 
 
