@@ -7,7 +7,17 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fuse", "fused", "register_attention", "unfuse"]
+_HOMES = {
+    "fuse": ".transformers",
+    "fused": ".transformers",
+    "patch": ".layers",
+    "register_attention": ".attention_interface",
+    "unfuse": ".transformers",
+    "unpatch": ".layers",
+}
+"""Public names, and the modules they come from."""
+
+__all__ = list(_HOMES)
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -38,9 +48,8 @@ sys.meta_path.append(_ModelInCheckout)
 
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are asked for: transformers takes seconds to import."""
-    if name in __all__:
-        module = ".attention_interface" if name == "register_attention" else ".transformers"
-        return getattr(importlib.import_module(module, __name__), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -27,6 +27,7 @@ from .encoder import LayerCall
 from .encoder.modules import first_norm_owner, plain_reason, touched
 from .encoder.owner import OwnsFusedEncoder
 from .encoder.padded import encode_padded, is_expanded
+from .stand_in import StandIn
 
 __all__ = ["fuse", "fused", "unfuse"]
 
@@ -35,22 +36,7 @@ Output = BaseModelOutputWithPoolingAndCrossAttentions
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _Fused:
-    """What fused classes have in common. Each also inherits from its `original`, the class it had.
-
-    `__name__` is the original's, which is what transformers prints and writes into configurations; pickles
-    find the class by its `__qualname__`.
-    """
-
-    original: type[PreTrainedModel]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "original" in cls.__dict__:
-            cls.__name__ = cls.original.__name__
-
-
-class _FusedQFormer(_Fused, OwnsFusedEncoder):
+class _FusedQFormer(StandIn, OwnsFusedEncoder):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _let_outputs_be_recorded(self)
@@ -256,7 +242,7 @@ class FusedInstructBlipVideoQFormerModel(_FusedInstructQFormer, InstructBlipVide
     original = InstructBlipVideoQFormerModel
 
 
-class FusedBlip2ForImageTextRetrieval(_Fused, Blip2ForImageTextRetrieval):
+class FusedBlip2ForImageTextRetrieval(StandIn, Blip2ForImageTextRetrieval):
     """`Blip2ForImageTextRetrieval` that also matches one image with many texts, and takes texts without a
     mask."""
 
@@ -324,14 +310,12 @@ class FusedBlip2ForImageTextRetrieval(_Fused, Blip2ForImageTextRetrieval):
         return (*output.to_tuple()[:4], read.to_tuple(), vision.to_tuple())
 
 
-FUSED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+FUSED: dict[type[PreTrainedModel], Any] = {
     each.original: each
     for each in (FusedBlip2QFormerModel, FusedInstructBlipQFormerModel, FusedInstructBlipVideoQFormerModel)
 }
 """A Q-Former's class in transformers, and the class it has fused."""
-AROUND: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    Blip2ForImageTextRetrieval: FusedBlip2ForImageTextRetrieval
-}
+AROUND: dict[type[PreTrainedModel], Any] = {Blip2ForImageTextRetrieval: FusedBlip2ForImageTextRetrieval}
 """The same for models around a Q-Former that stand in the way of what it can do."""
 BACKENDS = ("auto", "triton", "torch", "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -365,7 +349,7 @@ def fuse(model: Model, *, backend: str = "auto", qformer_dtype: torch.dtype | No
         raise ValueError(f"backend: expected one of {names}, got {describe(backend)}")
     if qformer_dtype is not None and qformer_dtype not in DTYPES:
         raise TypeError(f"qformer_dtype: expected a floating torch.dtype, got {describe(qformer_dtype)}")
-    for module in _qformers(model):
+    for module in find_qformers(model):
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
             _let_outputs_be_recorded(module)
@@ -393,13 +377,13 @@ def unfuse(model: Model) -> Model:
     Raises:
         TypeError: as for `fuse`.
     """
-    for module in _qformers(model):
+    for module in find_qformers(model):
         if isinstance(module, _FusedQFormer):
             module.__dict__.pop("_fused_encoder", None)
             module.__dict__.pop("_attention_backend", None)
     for module in model.modules():
-        if isinstance(module, _Fused):
-            module.__class__ = module.original
+        if type(module) in (*FUSED.values(), *AROUND.values()):
+            module.__class__ = type(module).original
     return model
 
 
@@ -432,7 +416,12 @@ def fused(*, backend: str = "auto") -> Iterator[None]:
             original.__init__ = init
 
 
-def _qformers(model: Any) -> list[nn.Module]:
+def find_qformers(model: Any) -> list[Any]:
+    """The Q-Formers of transformers in a model, fused or not.
+
+    Raises:
+        TypeError: no module, or one without any.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module with a Q-Former of transformers, got {describe(model)}")
     found = [module for module in model.modules() if isinstance(module, tuple(FUSED))]

@@ -19,6 +19,7 @@ STOCK = (
     "transformers.models.blip_2.modeling_blip_2",
     "transformers.models.instructblip.modeling_instructblip",
     "transformers.models.instructblipvideo.modeling_instructblipvideo",
+    "blip2_kernels.layers",
 )
 """Where the classes of Q-Former layers that this encoder knows are defined."""
 

@@ -151,7 +151,7 @@ def test_the_layout_loads_through_kernels(tmp_path):
 # --- Trainer ---
 
 
-def test_a_fused_model_in_transformers_trainer(tmp_path, calls):
+def test_a_fused_or_patched_model_in_transformers_trainer(tmp_path, calls):
     """Same losses and weights as plain; its checkpoint is an ordinary one."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
@@ -161,7 +161,7 @@ def test_a_fused_model_in_transformers_trainer(tmp_path, calls):
     given["labels"] = given["input_ids"]
     samples = [{name: value[i] for name, value in given.items()} for i in range(4)]
     losses, weights = [], []
-    for change in (blip2_kernels.unfuse, fuse):
+    for change in (blip2_kernels.unfuse, blip2_kernels.patch, fuse):
         model = change(build(cls, **NO_DROPOUT))
         arguments = TrainingArguments(
             str(tmp_path / change.__name__), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
@@ -173,14 +173,17 @@ def test_a_fused_model_in_transformers_trainer(tmp_path, calls):
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
         weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert len(losses[0]) == 3 and losses[0][0] != losses[0][2] and calls
-    torch.testing.assert_close(losses[1], losses[0], atol=1e-4, rtol=0)
-    for name, value in weights[0].items():
-        if not name.endswith("attention.key.bias"):  # no gradient but rounding, which Adam scales to a step
-            torch.testing.assert_close(weights[1][name], value, atol=5e-3, rtol=0, msg=name)
-    again = cls.from_pretrained(tmp_path / "fuse" / "checkpoint-3")
-    assert type(again.qformer).__module__.startswith("transformers.")
-    for name, value in again.named_parameters():
-        assert torch.equal(value, weights[1][name]), name
+    for ours, trained, folder in zip(losses[1:], weights[1:], ("patch", "fuse"), strict=True):
+        torch.testing.assert_close(ours, losses[0], atol=1e-4, rtol=0)
+        for name, value in weights[0].items():
+            if not name.endswith(
+                "attention.key.bias"
+            ):  # no gradient but rounding, which Adam scales to a step
+                torch.testing.assert_close(trained[name], value, atol=5e-3, rtol=0, msg=name)
+        again = cls.from_pretrained(tmp_path / folder / "checkpoint-3")
+        assert all(type(part).__module__.partition(".")[0] != "blip2_kernels" for part in again.modules())
+        for name, value in again.named_parameters():
+            assert torch.equal(value, trained[name]), name
 
     with blip2_kernels.fused():
         trainer = Trainer(args=arguments, model_init=lambda: build(cls), train_dataset=samples)

@@ -1,5 +1,6 @@
 """Every script in examples/, on small random models in local folders."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -97,6 +98,22 @@ def test_instructblip(tmp_path, monkeypatch, capsys, pictures, calls, video):
     else:
         run(monkeypatch, capsys, "instructblip.py", str(folder), pictures[0], question)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_fine_tuning(tmp_path, monkeypatch, capsys, pictures, calls, layers):
+    pytest.importorskip("accelerate")
+    folder, output = save(Blip2ForConditionalGeneration, tmp_path / "model"), tmp_path / "tuned"
+    lines = [{"image": Path(path).name, "caption": f"a {Path(path).stem} picture"} for path in pictures]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = ["--output", str(output), "--steps", "2", "--learning-rate", "0.01"]
+    options += ["--layers"] if layers else []
+    run(monkeypatch, capsys, "finetune_blip2.py", str(folder), str(tmp_path / "captions.jsonl"), *options)
+    before, tuned = (
+        Blip2ForConditionalGeneration.from_pretrained(path).state_dict() for path in (folder, output)
+    )
+    changed = {name.split(".")[0] for name, value in tuned.items() if not torch.equal(value, before[name])}
+    assert changed == {"query_tokens", "qformer", "language_projection"} and bool(calls) != layers
 
 
 def test_granite_speech(monkeypatch, capsys, calls):
