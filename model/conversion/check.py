@@ -19,7 +19,7 @@ from ..vision import FrozenVisionEncoder
 from . import lavis_plain
 from .configs import config_from_json, model_on_meta
 from .convert import Conversion, plan_conversion
-from .names import Format, Kind, rename_all
+from .names import Kind, rename_all
 
 TOLERANCE = {"fp32": 1e-4, "half": 2e-2}
 """Largest difference, as a share of the largest number; "half" where a language model computes in 16 bits."""
@@ -41,10 +41,10 @@ class CheckedOutput:
 @torch.no_grad()
 def check_loading(
     path: Path,
-    form: Format,
+    form: str,
     *,
     source: Path | None = None,
-    source_format: Format | None = None,
+    source_format: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> list[CheckedOutput]:
@@ -67,7 +67,7 @@ def check_loading(
     checked = plan_conversion(path, form, "transformers", **options)
     checked.refuse_problems()
     if source is None or source_format is None:
-        source, source_format, given = path, form, checked
+        given = checked
     else:
         given = plan_conversion(source, source_format, "transformers", **options)
         given.refuse_problems()
@@ -76,9 +76,9 @@ def check_loading(
     inputs = _inputs(kind, config, seed)
     ours = _ours(kind, config, checked.canonical, inputs, use_fused=True)
     config = config_from_json(kind, given.target.config or {})
-    if source_format == "lavis":
+    if given.source_format == "lavis":
         plain = _lavis(kind, config, given, inputs)
-    elif source_format == "transformers":
+    elif given.source_format == "transformers":
         plain = _transformers(kind, config, given.canonical, inputs)
     else:
         plain = _ours(kind, config, given.canonical, inputs, use_fused=False)

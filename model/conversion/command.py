@@ -60,9 +60,9 @@ def convert(
     form = source_format or guess_format(source)
     conversion = plan_conversion(
         source, form, to, config=config, vision=vision, language_model=language_model
-    )  # type: ignore[arg-type]
+    )
     plan = conversion.plan
-    if dry_run:
+    if dry_run or output is None:
         for line in plan.lines():
             typer.echo(line)
         raise typer.Exit(1 if plan.problems else 0)
@@ -74,7 +74,7 @@ def convert(
                 percent + 100 * (step == "write"), f"{step} {done / 2**30:.2f} of {total / 2**30:.2f} GiB"
             )
 
-        write(conversion, output, to, progress=tell)  # type: ignore[arg-type]
+        write(conversion, output, progress=tell)
     parts = [f"{plan.kind}: {len(plan.renames)} tensors"]
     parts += [f"{len(plan.carried)} carried"] if plan.carried else []
     parts += [f"{len(plan.left_out)} left out"] if plan.left_out else []
@@ -107,9 +107,9 @@ def load_check(
 
     results = check_loading(
         path,
-        path_format or guess_format(path),  # type: ignore[arg-type]
+        path_format or guess_format(path),
         source=source,
-        source_format=None if source is None else source_format or guess_format(source),  # type: ignore[arg-type]
+        source_format=None if source is None else source_format or guess_format(source),
         config=config,
         vision=vision,
         language_model=language_model,

@@ -20,7 +20,7 @@ from .configs import (
     set_tying,
 )
 from .containers import Stored
-from .names import FORMATS, TIED, Format, Kind, Renamed, rename_all
+from .names import TIED, Format, Kind, Renamed, as_format, rename_all
 
 PARTS = ("vision_model.", "language_model.")
 """What LAVIS leaves out of the files of its training, since it is frozen."""
@@ -73,12 +73,15 @@ class Conversion:
         source: every tensor under the source's names (LAVIS's, for an image encoder of its own file).
         canonical: every tensor under transformers' names, carried ones under LAVIS's; mapped, not loaded.
         target: the same as the target holds them.
+        source_format, target_format: of both.
     """
 
     plan: Plan
     source: dict[str, Tensor]
     canonical: dict[str, Tensor]
     target: Stored
+    source_format: Format
+    target_format: Format
 
     def refuse_problems(self) -> None:
         """Raises CheckpointError with all that is in the way, if anything is."""
@@ -88,8 +91,8 @@ class Conversion:
 
 def plan_conversion(
     source: Path,
-    source_format: Format,
-    target_format: Format,
+    source_format: str,
+    target_format: str,
     *,
     config: Path | None = None,
     vision: Path | None = None,
@@ -109,9 +112,8 @@ def plan_conversion(
         FileNotFoundError, CheckpointError: a file that is not there, damaged, or of another kind.
         ValueError: formats that do not exist, a part that the source has itself.
     """
-    for name, value in (("source_format", source_format), ("target_format", target_format)):
-        if value not in FORMATS:
-            raise ValueError(f"{name}: expected one of {', '.join(FORMATS)}, got {value!r}")
+    source_format = as_format("source_format", source_format)
+    target_format = as_format("target_format", target_format)
     stored = containers.read(source, source_format)
     kind = kind_of(stored.state, stored.config, source_format)
     first = rename_all(stored.state | stored.carried, kind, source_format, "transformers")
@@ -149,19 +151,21 @@ def plan_conversion(
         "architectures": [model_class(kind).__name__]
     }
     return Conversion(
-        plan, stored.state | encoder, state | first.carried, Stored(second.placed, second.carried, fields)
+        plan,
+        stored.state | encoder,
+        state | first.carried,
+        Stored(second.placed, second.carried, fields),
+        source_format,
+        target_format,
     )
 
 
-def convert(
-    conversion: Conversion, target: Path, target_format: Format, *, progress: Progress | None = None
-) -> None:
+def convert(conversion: Conversion, target: Path, *, progress: Progress | None = None) -> None:
     """Write what `plan_conversion` found to `target`, which is there whole afterwards or as it was.
 
     Args:
         conversion: the plan and its tensors.
         target: a file (LAVIS) or folder; one that is there is replaced.
-        target_format: as planned.
         progress: called with what is done ("check", "write"), and bytes done and in all.
 
     Raises:
@@ -180,7 +184,7 @@ def convert(
         tell("check", done, total)
     if bad:
         raise CheckpointError(f"source: expected finite weights, got NaN or infinity in {', '.join(bad)}")
-    containers.WRITERS[target_format](
+    containers.WRITERS[conversion.target_format](
         target, conversion.target, lambda written: tell("write", min(written, total), total)
     )
 

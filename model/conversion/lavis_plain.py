@@ -52,7 +52,7 @@ def qformer(
         text_mask: 0/1 [B, T].
     """
     embeddings, parts, image, count = _Part(state, "Qformer.bert.embeddings."), [], None, 0
-    batch = len(features) if features is not None else len(input_ids)  # type: ignore[arg-type]
+    batch = next(len(given) for given in (features, input_ids) if given is not None)
     if features is not None:
         image = _Part(state, "").norm("ln_vision", features, LN_VISION_EPS)
         parts.append(state["query_tokens"].float().expand(batch, -1, -1))

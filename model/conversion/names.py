@@ -18,6 +18,18 @@ Format = Literal["lavis", "transformers", "blip2_kernels"]
 FORMATS: tuple[Format, ...] = ("lavis", "transformers", "blip2_kernels")
 
 
+def as_format(name: str, value: str) -> Format:
+    """The format that an argument of that name says.
+
+    Raises:
+        ValueError: there is none such.
+    """
+    for form in FORMATS:
+        if value == form:
+            return form
+    raise ValueError(f"{name}: expected one of {', '.join(FORMATS)}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Kind:
     """Which of LAVIS's models a checkpoint belongs to.

@@ -50,9 +50,9 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 660
+    stage1_steps: int = 720
     stage1_warmup_steps: int = 100
-    stage2_steps: int = 530
+    stage2_steps: int = 540
     prompt_only_steps: int = 40
     stage1_batch_size: int = 32
     stage2_batch_size: int = 16

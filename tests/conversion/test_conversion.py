@@ -42,7 +42,7 @@ def save_config(folder: Path, kind: str) -> Path:
 
 
 def hop(source: Path, source_format: str, target: Path, target_format: str, **options) -> Path:
-    convert(plan_conversion(source, source_format, target_format, **options), target, target_format)
+    convert(plan_conversion(source, source_format, target_format, **options), target)
     return target
 
 
@@ -183,7 +183,7 @@ def test_what_lavis_leaves_out_of_its_training_files_comes_from_elsewhere(tmp_pa
     assert sum("blocks.2." in name for name in conversion.plan.left_out) == len(
         [name for name in encoder if name.startswith("blocks.2.") and "q_bias" not in name]
     )
-    convert(conversion, tmp_path / "theirs", "transformers")
+    convert(conversion, tmp_path / "theirs")
     assert_same_state(
         read_lavis(hop(tmp_path / "theirs", "transformers", tmp_path / "whole.pth", "lavis")), whole
     )
@@ -544,5 +544,5 @@ def test_a_conversion_loads_no_tensor_whole(tmp_path, target):
     hop(source, "lavis", tmp_path / "ours", "blip2_kernels", config=tmp_path / "c.json")
     before, peaks = anonymous(), []
     conversion = plan_conversion(tmp_path / "ours", "blip2_kernels", target)
-    convert(conversion, tmp_path / "out", target, progress=lambda *_: peaks.append(anonymous()))
+    convert(conversion, tmp_path / "out", progress=lambda *_: peaks.append(anonymous()))
     assert max(peaks) - before < 24 * 2**20 < words * 24 * 2

@@ -11,7 +11,7 @@ from tolerances import assert_same_gradients, assert_yardstick
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 
 import blip2_kernels.encoder.layer as encoder_layer
-from blip2_kernels import fuse, fused, unfuse
+from blip2_kernels import fuse, fused, patch, unfuse
 from blip2_kernels.encoder.modules import checkpoints
 
 CLS = Blip2ForConditionalGeneration
@@ -71,12 +71,13 @@ def work():
 
 
 @torch.no_grad()
-def test_offloaded_by_accelerate(calls, caplog):
+def test_offloaded_by_accelerate(calls):
     accelerate = pytest.importorskip("accelerate")
     model = build(CLS)
     plain = model(**inputs(CLS))
     accelerate.cpu_offload(fuse(model), execution_device="cpu")
     assert_alike(plain, model(**inputs(CLS)), atol=0)
+    assert_alike(plain, patch(model)(**inputs(CLS)))
     assert not calls
     accelerate.hooks.remove_hook_from_submodules(model)
     assert_alike(plain, model(**inputs(CLS)))
@@ -227,20 +228,22 @@ def process_group(tmp_path):
 
 
 @pytest.mark.usefixtures("process_group")
-def test_layers_sharded_one_by_one(calls):
+@pytest.mark.parametrize("change", [fuse, patch])
+def test_layers_sharded_one_by_one(change, calls):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model, given = build(CLS, **NO_DROPOUT).double(), doubled(inputs(CLS))
     expected = step(model, given)
     mesh = init_device_mesh("cpu", (1,))
-    for layer in fuse(model).qformer.encoder.layer:
+    for layer in change(model).qformer.encoder.layer:
         fully_shard(layer, mesh=mesh)
     found = step(model, given)
     whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
     assert_same_gradients({name: whole[name] for name in expected}, expected, torch.float64)
-    assert len(calls) == 1
-    assert "layer 0 is called whole" in model.qformer.fused_encoder.explain(work())
+    if change is fuse:
+        assert len(calls) == 1
+        assert "layer 0 is called whole" in model.qformer.fused_encoder.explain(work())
 
 
 # --- backends ---

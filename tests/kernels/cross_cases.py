@@ -66,10 +66,15 @@ class CrossCase:
         return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in options.items()}
 
 
+def output(case: CrossCase, tensors: tuple[Tensor, ...], backend: str, **changed) -> Tensor:
+    """The output alone; `changed` replaces options."""
+    return cross_attention(*tensors, backend=backend, **(case.options() | changed))
+
+
 def run(case: CrossCase, tensors: tuple[Tensor, ...], backend: str, dtype=None, **changed) -> list[Tensor]:
     """Output and gradients; `dtype` computes in another one, `changed` replaces options."""
     leaves = [t.detach().to(dtype or case.dtype).requires_grad_() for t in tensors]
-    out = cross_attention(*leaves, backend=backend, **(case.options() | changed))
+    out = output(case, tuple(leaves), backend, **changed)
     weight = torch.randn(
         *out.shape[::-1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     ).permute(3, 2, 1, 0)

@@ -74,13 +74,12 @@ class SelfCase:
         return (q if q_layout is kv_layout else q[rows]), k, v
 
 
-def run(case: SelfCase, tensors: tuple[Tensor, ...], backend: str, dtype=None) -> list[Tensor]:
-    """Output and gradients; `dtype` computes in another one."""
+def output(case: SelfCase, tensors: tuple[Tensor, ...], backend: str) -> Tensor:
+    """The output alone."""
     q_layout, kv_layout, _ = case.layouts()
-    leaves = [t.detach().to(dtype or case.dtype).requires_grad_() for t in tensors]
     key = torch.tensor(-8_413_662_914_573_002_811, device=case.device) if case.dropout else None
-    out = self_attention(
-        *leaves,
+    return self_attention(
+        *tensors,
         q_layout,
         kv_layout,
         AttentionMask(case.modes),
@@ -90,6 +89,12 @@ def run(case: SelfCase, tensors: tuple[Tensor, ...], backend: str, dtype=None) -
         scale=case.scale,
         backend=backend,
     )
+
+
+def run(case: SelfCase, tensors: tuple[Tensor, ...], backend: str, dtype=None) -> list[Tensor]:
+    """Output and gradients; `dtype` computes in another one."""
+    leaves = [t.detach().to(dtype or case.dtype).requires_grad_() for t in tensors]
+    out = output(case, tuple(leaves), backend)
     weight = torch.randn(
         *out.shape[::-1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     ).permute(2, 1, 0)
@@ -127,4 +132,4 @@ def draw_case(rng: random.Random) -> SelfCase:
     )
 
 
-__all__ = ["MODES", "B", "C", "SelfCase", "U", "draw_case", "replace", "run"]
+__all__ = ["MODES", "B", "C", "SelfCase", "U", "draw_case", "output", "replace", "run"]
