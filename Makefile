@@ -28,7 +28,7 @@ SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.tx
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo        train BLIP-2 on real pictures in two stages, write runs/demo (about 13 minutes"
+	@echo "make demo        train BLIP-2 on real pictures in two stages, write runs/demo (about 12 minutes"
 	@echo "                 on 2 cores; make demo ARGS=--quick is a short version)"
 	@echo "make test        every test, on the CPU and on a GPU where torch sees one"
 	@echo "make test-quick  the tests that take seconds"
