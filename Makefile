@@ -35,7 +35,7 @@ help:
 	@echo "make test-kernels  2,000 random cases of each attention kernel, in Triton's interpreter where there is"
 	@echo "                 no GPU (about half an hour), and every configuration against its compile budget"
 	@echo "make mutants     plant small faults in the kernels, one by one, and see the tests catch them"
-	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about 20"
+	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about 25"
 	@echo "                 minutes on 2 cores): bench/results/<device>/report.md with pictures"
 	@echo "                 (make bench ARGS=--only=stage1 is a part; pytest bench/ takes a few minutes)"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
