@@ -18,7 +18,7 @@ CASES_A_TEST = 50
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="another draw for every random test (default 0)")
-    parser.addoption("--kernel-cases", type=int, default=40, help="random cases a kernel (default 40)")
+    parser.addoption("--kernel-cases", type=int, default=25, help="random cases a kernel (default 25)")
     parser.addoption("--other-python", help="an interpreter with another torch: the wheel is tried there too")
 
 

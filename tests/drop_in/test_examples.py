@@ -116,8 +116,9 @@ def test_fine_tuning(tmp_path, monkeypatch, capsys, pictures, calls, layers):
     assert changed == {"query_tokens", "qformer", "language_projection"} and bool(calls) != layers
 
 
-def test_granite_speech(monkeypatch, capsys, calls):
-    told = run(monkeypatch, capsys, "granite_speech.py", "--seconds", "0.6")
+@pytest.mark.parametrize(("kind", "count"), [("speech", "0.6"), ("vision", "1")])
+def test_granite(monkeypatch, capsys, calls, kind, count):
+    told = run(monkeypatch, capsys, "granite.py", kind, "--count", count)
     assert len(told) == 3 and float(told[2].split()[2]) < 1e-4 and len(calls) == 2
 
 

@@ -267,7 +267,7 @@ def test_without_gradients_nothing_is_kept_for_a_backward():
         assert lse.numel() == need * q[..., 0].numel()
 
 
-@pytest.mark.parametrize(("longest", "memory"), [(9, "packed"), (9, "plain"), (9, "offset"), (100, "packed")])
+@pytest.mark.parametrize(("longest", "memory"), [(9, "packed"), (9, "plain"), (9, "offset"), (20, "packed")])
 def test_opcheck(memory, longest):
     case = SelfCase((U, C), 4, ((longest, 3),) * 2, longest, heads=1, head_dim=16, memory=memory)
     q, k, v = (t.requires_grad_() for t in case.tensors(torch.Generator().manual_seed(0)))
