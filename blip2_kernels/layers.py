@@ -20,7 +20,7 @@ from .checks import check_bool
 from .encoder.epilogues import HiddenDropout, dense_add_norm, dense_gelu
 from .encoder.modules import plain_reason
 from .ops.philox import Site, draw_key
-from .stand_in import StandIn
+from .stand_in import StandIn, put_in, take_out
 from .transformers import find_qformers
 
 __all__ = ["patch", "unpatch"]
@@ -66,7 +66,7 @@ class _PatchedIntermediate(StandIn):
 def _stand_in(original: type[nn.Module], body: type[StandIn]) -> type[nn.Module]:
     """A class of this module, where pickles find it."""
     name = f"Patched{original.__name__}"
-    own = {"original": original, "__module__": __name__, "__qualname__": name, "__doc__": body.__doc__}
+    own = {"original": original, "__module__": __name__, "__qualname__": name}
     globals()[name] = type(name, (body, original), own)
     return globals()[name]
 
@@ -109,9 +109,7 @@ def patch(model: Model, *, attention: bool = True) -> Model:
     """
     check_bool("attention", attention)
     for qformer in find_qformers(model):
-        for module in qformer.modules():
-            if type(module) in PATCHED:
-                module.__class__ = PATCHED[type(module)]
+        put_in(qformer.modules(), PATCHED)
         chosen = qformer.config._attn_implementation
         if attention and chosen != NAME:
             qformer._attention_before_patch = chosen
@@ -132,9 +130,7 @@ def unpatch(model: Model) -> Model:
         TypeError: as for `patch`.
     """
     for qformer in find_qformers(model):
-        for module in qformer.modules():
-            if type(module) in PATCHED.values():
-                module.__class__ = module.original
+        take_out(qformer.modules(), PATCHED)
         before = qformer.__dict__.pop("_attention_before_patch", None)
         if before is not None:
             qformer.set_attn_implementation(before)

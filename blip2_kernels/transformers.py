@@ -27,7 +27,7 @@ from .encoder import LayerCall
 from .encoder.modules import first_norm_owner, plain_reason, touched
 from .encoder.owner import OwnsFusedEncoder
 from .encoder.padded import encode_padded, is_expanded
-from .stand_in import StandIn
+from .stand_in import StandIn, put_in, take_out
 
 __all__ = ["fuse", "fused", "unfuse"]
 
@@ -349,19 +349,16 @@ def fuse(model: Model, *, backend: str = "auto", qformer_dtype: torch.dtype | No
         raise ValueError(f"backend: expected one of {names}, got {describe(backend)}")
     if qformer_dtype is not None and qformer_dtype not in DTYPES:
         raise TypeError(f"qformer_dtype: expected a floating torch.dtype, got {describe(qformer_dtype)}")
-    for module in find_qformers(model):
-        if type(module) in FUSED:
-            module.__class__ = FUSED[type(module)]
-            _let_outputs_be_recorded(module)
+    qformers = find_qformers(model)
+    put_in(model.modules(), FUSED | AROUND)
+    for module in qformers:
         if isinstance(module, _FusedQFormer):
+            _let_outputs_be_recorded(module)
             module.attention_backend = backend
         else:
             _say_once(f"{type(module).__name__} is a class of its own, whose forward may say something else")
         if qformer_dtype is not None:
             module.to(qformer_dtype)
-    for module in model.modules():
-        if type(module) in AROUND:
-            module.__class__ = AROUND[type(module)]
     return model
 
 
@@ -381,9 +378,7 @@ def unfuse(model: Model) -> Model:
         if isinstance(module, _FusedQFormer):
             module.__dict__.pop("_fused_encoder", None)
             module.__dict__.pop("_attention_backend", None)
-    for module in model.modules():
-        if type(module) in (*FUSED.values(), *AROUND.values()):
-            module.__class__ = type(module).original
+    take_out(model.modules(), FUSED | AROUND)
     return model
 
 

@@ -63,7 +63,7 @@ def test_no_case_is_objected_to(build, sanitizer, seed):
         ("thread", "a removed barrier", 1000, "data race"),
         ("thread", "a barrier removed before sums of lists", 1000, "data race"),
         ("address", "an overrun", 33, "heap-buffer-overflow"),
-        ("address", "a list without an end", 33, "AddressSanitizer: heap-"),
+        ("address", "a list without an end", 4095, "heap-buffer-overflow"),
         ("undefined", "a shift beyond the word", 33, "shift exponent 32 is too large"),
     ],
 )
