@@ -18,7 +18,7 @@ from transformers.models.instructblipvideo import modeling_instructblipvideo
 from .attention_interface import NAME, register_attention
 from .checks import check_bool
 from .encoder.epilogues import HiddenDropout, dense_add_norm, dense_gelu
-from .encoder.modules import plain_reason
+from .encoder.modules import exporting, plain_reason
 from .ops.philox import Site, draw_key
 from .stand_in import StandIn, put_in, take_out
 from .transformers import find_qformers
@@ -33,9 +33,7 @@ register_attention()
 
 def _as_built(*modules: tuple[nn.Module, type[nn.Module]]) -> bool:
     """Whether modules may be read past their `__call__`, in a graph that may hold our operators."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return False
-    return all(plain_reason(module, kind) is None for module, kind in modules)
+    return not exporting() and all(plain_reason(module, kind) is None for module, kind in modules)
 
 
 class _PatchedOutput(StandIn):

@@ -24,7 +24,7 @@ from transformers.utils import output_capturing
 
 from .checks import describe
 from .encoder import LayerCall
-from .encoder.modules import first_norm_owner, plain_reason, touched
+from .encoder.modules import exporting, first_norm_owner, plain_reason, touched
 from .encoder.owner import OwnsFusedEncoder
 from .encoder.padded import encode_padded, is_expanded
 from .stand_in import StandIn, put_in, take_out
@@ -70,7 +70,7 @@ class _FusedQFormer(StandIn, OwnsFusedEncoder):
         unknown = [name for name, value in options.items() if value is not None]
         if unknown:
             return f"it does not know {', '.join(unknown)}"
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if exporting():
             return "the model is being exported"
         if getattr(self.config, "position_embedding_type", "absolute") not in (None, "absolute"):
             return f"position embeddings are {self.config.position_embedding_type}"

@@ -38,6 +38,11 @@ def _recorder(hook: object) -> bool:
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
+def exporting() -> bool:
+    """Whether a graph is being made that has to stay free of our operators."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def touched(module: nn.Module) -> str | None:
     """None where calling a module runs the `forward` of its class and nothing else, else why not."""
     own = module.__dict__
