@@ -59,8 +59,9 @@ test-quick: $(VENV)/.installed-dev
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-kernels: $(VENV)/.installed-dev
-	@echo "== test-kernels: random cases in $(JOBS) processes, then the compile budget"
+	@echo "== test-kernels: random cases in $(JOBS) processes, compilations for every GPU, then their budget"
 	@$(PYTEST) tests/kernels -k "random_cases" --kernel-cases=2000 $(ARGS)
+	@$(PYTEST) tests/kernels tests/csrc -m architectures --every-architecture $(ARGS)
 	@$(BIN)/python tests/kernels/budget.py
 
 mutants: $(VENV)/.installed-dev

@@ -21,6 +21,7 @@ import pytest
 import torch
 from about import device_folder, revision
 from cases import FULL, SHORT, Setting, Spec
+from measure import keep_memory
 from runner import Results, Row, Runner
 
 HERE = Path(__file__).parent
@@ -80,6 +81,7 @@ def setting_of(config) -> Setting:
 
 
 def pytest_configure(config):
+    keep_memory()
     for name in ("--threads", "--rounds", "--seconds"):
         value = config.getoption(name, None)
         if value is not None and value <= 0:

@@ -19,11 +19,21 @@ CASES_A_TEST = 50
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="another draw for every random test (default 0)")
     parser.addoption("--kernel-cases", type=int, default=25, help="random cases a kernel (default 25)")
+    parser.addoption(
+        "--every-architecture", action="store_true", help="compile for all GPUs of a test, not for its first"
+    )
     parser.addoption("--other-python", help="an interpreter with another torch: the wheel is tried there too")
 
 
 def pytest_generate_tests(metafunc):
-    """`kernel_cases`: how many random cases a test draws. Many are shared out, to run side by side."""
+    """`kernel_cases`: how many random cases a test draws. Many are shared out, to run side by side.
+
+    `arch`: the GPU architectures that the marker `architectures` names, the first one alone by default.
+    """
+    named = metafunc.definition.get_closest_marker("architectures")
+    if named is not None:
+        every = metafunc.config.getoption("--every-architecture")
+        metafunc.parametrize("arch", named.args if every else named.args[:1])
     if "kernel_cases" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--kernel-cases")
         full, rest = divmod(wanted, CASES_A_TEST)

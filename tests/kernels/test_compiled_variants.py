@@ -104,7 +104,7 @@ def test_a_variant_compiles_to_tensor_cores_without_a_stack(variant):
         assert tensor_core or kernel not in with_products, kernel
 
 
-@pytest.mark.parametrize("arch", [86, 89])
+@pytest.mark.architectures(86, 89)
 @pytest.mark.parametrize("op", ["self", "cross", "latent", "similarity"])
 def test_the_first_configurations_fit_in_99_kib(arch, op):
     tried, missing = call(misfits, arch, op)

@@ -390,7 +390,7 @@ def kernels_of_several_batches(arch):
 
 @pytest.mark.compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.architectures(90, 80, 100)
 def test_every_configuration_fits_and_does_not_spill(arch):
     figures = call(figures_of_every_configuration, arch)
     assert len(figures) == 2 * 2 * 3

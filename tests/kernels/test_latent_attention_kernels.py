@@ -387,7 +387,7 @@ def kernels_of_several_batches(arch):
 
 @pytest.mark.compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.architectures(90, 80, 100)
 def test_configurations_fit_and_do_not_spill(arch):
     figures = call(figures_of_some_configurations, arch)
     assert len(figures) == 2 * 4 * 3
