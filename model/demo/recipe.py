@@ -38,8 +38,7 @@ class Recipe:
             never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
-        prompt_only_batch_size: the same for the baseline, which sees one text in many wordings: more and smaller
-            steps.
+        prompt_only_batch_size: the same for the baseline, which learns what captions are like: many small steps.
         num_beams: of the beam search for captions.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.

@@ -51,6 +51,7 @@ class Report:
         tcgen05: from tensor memory, on Blackwell (UTCHMMA, …).
         mfma: on AMD, WMMA too.
         local_loads, local_stores: instructions that access the stack.
+        local_in_loops: of them, those in an innermost loop; 0 on AMD, where this is not looked for.
         atomics: on global memory, with and without a result.
         barriers: of a whole program.
         instructions: in all.
@@ -71,6 +72,7 @@ class Report:
     mfma: int
     local_loads: int
     local_stores: int
+    local_in_loops: int
     atomics: int
     barriers: int
     instructions: int
@@ -161,10 +163,26 @@ def _read_nvidia(name: str, binary: bytes) -> dict[str, int]:
         "mfma": 0,
         "local_loads": _total(counts, "LDL"),
         "local_stores": _total(counts, "STL"),
+        "local_in_loops": _local_in_loops(text),
         "atomics": _total(counts, "ATOMG?|REDG?"),
         "barriers": _total(counts, "BAR"),
         "instructions": counts.total() - counts["NOP"],
     }
+
+
+def _local_in_loops(text: str) -> int:
+    """Instructions that access the stack in a loop without a loop in it. A loop is what a branch jumps back
+    over."""
+    code = [(int(at, 16), said) for at, said in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)]
+    branches = [(re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", said), at) for at, said in code]
+    loops = [(int(found[1], 16), at) for found, at in branches if found and int(found[1], 16) < at]
+    innermost = [
+        (begin, end)
+        for begin, end in loops
+        if not any(begin <= b and e <= end for b, e in loops if (b, e) != (begin, end))
+    ]
+    accesses = [at for at, said in code if re.search(r"\b(LDL|STL)\b", said)]
+    return sum(any(begin <= at <= end for begin, end in innermost) for at in accesses)
 
 
 def _read_amd(text: str) -> dict[str, int]:
@@ -184,6 +202,7 @@ def _read_amd(text: str) -> dict[str, int]:
         "mfma": _total(counts, r"v_s?w?mf?mac?_\w+"),
         "local_loads": _total(counts, r"scratch_load_\w+"),
         "local_stores": _total(counts, r"scratch_store_\w+"),
+        "local_in_loops": 0,
         "atomics": _total(counts, r"(global|flat|buffer)_atomic_\w+"),
         "barriers": _total(counts, r"s_barrier\w*"),
         "instructions": counts.total(),

@@ -42,6 +42,8 @@ def compile_them_all() -> dict[str, dict]:
     )
     few = {"target": 80, "maxnreg": 32}
     jobs["spilling 80"] = toys.product, PRODUCT, sizes | {"PRECISION": "ieee"}, few
+    looped = PRODUCT | {"blocks": "i32"}
+    jobs["spilling in a loop 80"] = toys.sum_of_products, looped, sizes | {"PRECISION": "ieee"}, few
     for barrier in (False, True):
         types, constants = {"x_ptr": "*i32", "out_ptr": "*i32"}, {"BARRIER": barrier}
         jobs[f"barrier={barrier} 80"] = toys.read_back, types, constants, {"target": 80, "num_warps": 2}
@@ -113,7 +115,25 @@ def test_spills_are_seen(reports):
     assert spilling.stack_bytes == 4 * spilling.spilled_registers > 0 == normal.stack_bytes
     assert spilling.local_loads > 0 < spilling.local_stores
     assert (normal.local_loads, normal.local_stores) == (0, 0)
-    assert not any(made.spills for name, made in reports.items() if name != "spilling 80")
+    assert not any(made.spills for name, made in reports.items() if not name.startswith("spilling"))
+
+
+def test_spills_in_a_loop_are_told_from_others(reports):
+    assert reports["spilling in a loop 80"].local_in_loops > 0 == reports["spilling 80"].local_in_loops
+
+
+def test_a_stack_between_loops_is_not_one_in_them():
+    """As ptxas does it: put aside before an inner loop and fetched behind it, in an outer one."""
+    lines = ["STL [R1], R2", "LDG.E R4, [R2.64]", "FFMA R4, R4, R4, R4", "@P0 BRA 0x10", "LDL.LU R2, [R1]"]
+    lines += ["@!P1 BRA 0x0", "EXIT", "BRA 0x70"]
+
+    def local_in_loops(code):
+        text = "".join(f"        /*{16 * i:04x}*/    {said} ;   /* 0x0 */\n" for i, said in enumerate(code))
+        return compile_report._local_in_loops(text)
+
+    assert local_in_loops(lines) == 0
+    assert local_in_loops([*lines[:2], "LDL R4, [R1]", *lines[3:]]) == 1
+    assert local_in_loops([*lines[:3], *lines[4:]]) == 2  # without the inner loop they are in one
 
 
 @pytest.mark.parametrize("target", [80, "gfx942"])

@@ -29,6 +29,19 @@ def product(
 
 
 @triton.jit
+def sum_of_products(
+    a_ptr, b_ptr, out_ptr, blocks, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    total = tl.zeros((M, N), tl.float32)
+    for block in range(blocks):
+        a = tl.load(a_ptr + m[:, None] * K + k[None, :] + block)
+        b = tl.load(b_ptr + k[:, None] * N + n[None, :] + block)
+        total += tl.dot(a, b, input_precision=PRECISION)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], total)
+
+
+@triton.jit
 def raw(x_ptr, out_ptr, WHAT: tl.constexpr):
     lanes = tl.arange(0, 16)
     x = tl.load(x_ptr + lanes)

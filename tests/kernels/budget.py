@@ -126,6 +126,7 @@ def measure(item: Shipped, arch: int) -> dict[str, int]:
     return {
         "registers": found.registers,
         "stack": found.stack_bytes,
+        **({"stack_in_loops": found.local_in_loops} if found.stack_bytes else {}),
         "shared": found.shared_bytes,
         "tensor_core": found.tensor_core,
         "atomics": found.atomics,
@@ -188,8 +189,9 @@ def measure_amd(item: Shipped) -> dict[str, int]:
 def broken_rules(name: str, figures: Mapping[str, int], target: str, version: str = VERSION) -> list[str]:
     """What no configuration may do, whatever was recorded: not fit, spill, miss tensor cores, use atomics.
 
-    In fp32 the compiler may put up to FEW_BYTES a thread aside to let one more program be resident, which it
-    does where it has registers left. Of a forward kernel in half precision a multiprocessor runs two programs
+    In fp32 the compiler may put up to FEW_BYTES a thread aside before a loop and fetch them behind it, to let
+    one more program be resident: it does so where it has registers left. No innermost loop may touch them. Of
+    a forward kernel in half precision a multiprocessor runs two programs
     or more, or it stands in ONE_RESIDENT with the reason.
     """
     if "registers" not in figures or figures.get("resident") == 0:
@@ -197,8 +199,10 @@ def broken_rules(name: str, figures: Mapping[str, int], target: str, version: st
     broken = []
     registers = min(255, 65536 // (32 * figures["warps"]))
     chosen = " half " not in name and figures["registers"] < registers and figures["stack"] <= FEW_BYTES
+    chosen = chosen and figures.get("stack_in_loops") == 0
     if figures["stack"] > EXCUSED.get((version, target, name), 0) and not chosen:
-        broken.append(f"{name}: {figures['stack']} bytes of stack, {figures['registers']} registers")
+        inside = f", used {figures['stack_in_loops']} times in loops" if "stack_in_loops" in figures else ""
+        broken.append(f"{name}: {figures['stack']} bytes of stack{inside}, {figures['registers']} registers")
     multiplies = " half " in name and not name.startswith(WITHOUT_PRODUCTS)
     if multiplies and not figures["tensor_core"]:
         broken.append(f"{name}: no tensor-core instructions")
