@@ -38,7 +38,7 @@ class Recipe:
             never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
-        prompt_only_batch_size: the same for the baseline, which learns what captions are like: many small steps.
+        prompt_only_batch_size: the same for the baseline, which learns what captions are like in small steps.
         num_beams: of the beam search for captions.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
@@ -52,7 +52,7 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 720
+    stage1_steps: int = 690
     stage1_warmup_steps: int = 100
     stage2_steps: int = 540
     prompt_only_steps: int = 120
