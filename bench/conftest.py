@@ -150,7 +150,7 @@ class House:
         self.runner = Runner(
             setting,
             Results.at(path, self.resume or profiles),
-            rounds=config.getoption("--rounds") or 21,
+            rounds=config.getoption("--rounds") or (41 if full and setting.device == "cpu" else 21),
             seconds=config.getoption("--seconds") or (10.0 if full else 3.0),
             budget=config.getoption("--budget"),
             check_only=config.getoption("--warm") or disabled or profiles,

@@ -23,6 +23,8 @@ SEED = 0
 INTERVAL_FLOOR = 0.03
 """A ratio's interval is no narrower to either side: where code and data come to lie in memory differs from
 process to process, and no round of one process shows it."""
+CPU_ROUND_MS = 10.0
+"""A round on a CPU takes at least so long: what else runs on the machine disturbs for milliseconds."""
 LOST = "lost the GPU"
 
 
@@ -338,8 +340,8 @@ class Runner:
         running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
         rounds = max(1, round(self.rounds * case.rounds))
         calls = {name: peer.calls for name, peer in running.items()}
-        seconds = None if cuda else self.seconds
-        eager = measure.eager_times(calls, self.setting.device, rounds=rounds, seconds=seconds)
+        limits = {} if cuda else {"least_ms": CPU_ROUND_MS, "seconds": self.seconds}
+        eager = measure.eager_times(calls, self.setting.device, rounds=rounds, **limits)
         for name, timing in eager.items():
             if isinstance(timing, str):
                 rows[name].failed = timing
