@@ -21,8 +21,9 @@ import pytest
 import torch
 from about import device_folder, revision
 from cases import FULL, SHORT, Setting, Spec
-from measure import keep_memory
 from runner import Results, Row, Runner
+
+from blip2_kernels.model.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 COMPILED = "-compiled"
@@ -81,7 +82,7 @@ def setting_of(config) -> Setting:
 
 
 def pytest_configure(config):
-    keep_memory()
+    keep_freed_memory()
     for name in ("--threads", "--rounds", "--seconds"):
         value = config.getoption(name, None)
         if value is not None and value <= 0:

@@ -11,13 +11,11 @@ A device time is cache-cold; with one set of inputs alone it is cache-warm. On a
 eager: the call's own.
 """
 
-import ctypes
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import torch
 
@@ -26,22 +24,6 @@ from blip2_kernels.ops.linear import linear
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing of its own
 
 Call = Callable[[], object]
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
-
-
-@cache
-def keep_memory() -> bool:
-    """Let this process keep the memory it has freed; False where its C library cannot be told (not glibc).
-
-    glibc gives large blocks back to the system, from a size on that follows what was freed before, and who
-    asks for one again waits for its pages to be zeroed. What a call with large temporaries takes would depend
-    on what ran earlier in the process.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def said(error: BaseException) -> str:

@@ -115,7 +115,9 @@ def demo(
         if folder is not None:
             check_folder(name, folder)
     from .demo import compare, run
+    from .memory import keep_freed_memory
 
+    keep_freed_memory()
     if compare_paths is not None:
         compare(output_dir=output, steps=compare_paths, quick=quick, seed=seed, cache_dir=cache_dir)
         return
@@ -213,8 +215,10 @@ def _schedule(
 def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **options: Any) -> None:
     from .checkpoints import latest_checkpoint
     from .distributed import end_process_group
+    from .memory import keep_freed_memory
     from .train import train
 
+    keep_freed_memory()
     found = latest_checkpoint(output) if resume else None
     if resume and found is None:
         _say(f"no checkpoint in {output} yet: starting anew")
