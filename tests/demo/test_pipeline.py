@@ -340,3 +340,13 @@ def test_the_contrast_is_alone_until_it_tells_twins_apart(shares, longest, alone
         hard == ("itg" in asked)
         for hard, asked in zip(harder[alone:], model.asked[alone + 1 :], strict=False)
     )
+
+
+@pytest.mark.parametrize(("seconds_in_bf16", "fast"), [(0.5, True), (1.9, False)])
+def test_bfloat16_is_taken_where_it_multiplies_faster(monkeypatch, seconds_in_bf16, fast):
+    """Instructions for it are no proof: there are CPUs that take twice as long with them."""
+    seconds = {torch.bfloat16: seconds_in_bf16, torch.float32: 1.0}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(assets, "_product_seconds", seconds.__getitem__)
+    assert assets.has_fast_bf16.__wrapped__() is fast
