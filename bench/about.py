@@ -12,7 +12,7 @@ import torch
 from measure import Roofline
 
 from blip2_kernels import extension
-from blip2_kernels.model.memory import keep_freed_memory
+from blip2_kernels.model.memory import keeps_freed_memory
 
 
 def _output(*command: str) -> str | None:
@@ -74,7 +74,7 @@ def about(roofline: Roofline | None = None, device: str = "cuda") -> dict[str, o
         facts |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
     else:
         facts |= {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-        facts |= {"freed memory": "kept" if keep_freed_memory() else "given back as the C library likes"}
+        facts |= {"keeps_freed_memory": keeps_freed_memory()}
     facts |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "revision": revision(),

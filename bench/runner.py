@@ -24,7 +24,7 @@ INTERVAL_FLOOR = 0.03
 """A ratio's interval is no narrower to either side: where code and data come to lie in memory differs from
 process to process, and no round of one process shows it."""
 CPU_ROUND_MS = 10.0
-"""A round on a CPU takes at least so long: what else runs on the machine disturbs for milliseconds."""
+"""A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 LOST = "lost the GPU"
 
 

@@ -102,13 +102,10 @@ def demo(
     ] = None,
 ) -> None:
     """Train both stages on pictures that pip installs, and caption pictures never seen."""
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
     if device == "cpu":
         # Before torch looks: every part of the demo takes what it sees.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif device == "cuda":
-        _device("cuda")
+    where = _device(device)
     from blip2_kernels.checks import check_folder
 
     for name, folder in (("output", output), ("cache_dir", cache_dir)):
@@ -117,7 +114,8 @@ def demo(
     from .demo import compare, run
     from .memory import keep_freed_memory
 
-    keep_freed_memory()
+    if where == "cpu":
+        keep_freed_memory()
     if compare_paths is not None:
         compare(output_dir=output, steps=compare_paths, quick=quick, seed=seed, cache_dir=cache_dir)
         return
@@ -218,7 +216,8 @@ def _run(model: Any, dataset: Any, collate: Any, output: Path, resume: bool, **o
     from .memory import keep_freed_memory
     from .train import train
 
-    keep_freed_memory()
+    if options["device"] == "cpu":
+        keep_freed_memory()
     found = latest_checkpoint(output) if resume else None
     if resume and found is None:
         _say(f"no checkpoint in {output} yet: starting anew")

@@ -369,7 +369,7 @@ def load_efficientnet_lite0(
 
     Args:
         sine_positions: add fixed two-dimensional positions to the 7 x 7 grid.
-        dtype: what it computes in. bfloat16 is about twice as fast on a CPU with native support, but its
+        dtype: what it computes in. bfloat16 is about twice as fast on CPUs that multiply it fast, but its
             features are 7% off (relative norm of the difference, over emoji pictures), float32's 2e-6.
 
     Raises:

@@ -3,6 +3,7 @@
 import os
 import random
 import zlib
+from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -66,6 +67,15 @@ def seed(request) -> int:
     torch.manual_seed(number)
     print(f"seed {number}: random, numpy and torch (repeat with --seed={request.config.getoption('--seed')})")
     return number
+
+
+@pytest.fixture(scope="session", autouse=True)
+def asked_to_keep_memory() -> Iterator[list[str]]:
+    """Grows when a command asks that freed memory be kept, which is not done: some tests take gigabytes."""
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blip2_kernels.model.memory.keep_freed_memory", lambda: asked.append("asked"))
+        yield asked
 
 
 @pytest.fixture

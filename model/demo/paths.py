@@ -6,7 +6,7 @@ all of them alike.
 
 Whether the paths learn the same is judged in fp64. Training amplifies rounding, between two runs of one path
 as between two paths, and what fp32 rounds away is large within twenty steps. fp32 is there for its times and
-its curve, and so is, where bfloat16 is native, the fused path under autocast.
+its curve, and so is, where bfloat16 is faster, the fused path under autocast.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ from .batches import PROMPT, Stage2Collate
 from .drawing import draw
 from .scenes import Scene, Splits
 
+MEASURED_TOGETHER = 32
+"""Held-out pictures that the language model reads at a time."""
+
 
 @dataclass
 class Features:
@@ -127,7 +130,6 @@ def run(
         collate,
         plan,
         steps=plan.stage2_steps,
-        batch_size=plan.stage2_batch_size,
         output_dir=output / "stage2",
         description="stage 2",
         **common,
@@ -141,7 +143,6 @@ def run(
         blind_collate,
         plan,
         steps=plan.prompt_only_steps,
-        batch_size=plan.prompt_only_batch_size,
         description="no-image baseline",
         **common,
     ).history
@@ -153,7 +154,7 @@ def run(
     metrics: dict[str, Any] = {"seed": seed, "quick": quick, "use_fused": use_fused, "recipe": asdict(plan)}
     metrics |= measure_stage1(stage1, splits, features, tokenizer, device)
     metrics["captions"], texts = measure_captions(
-        stage2, blind, splits.test, features, collate, blind_collate, plan.num_beams, device
+        stage2, blind, splits.test, features, collate, blind_collate, device
     )
 
     clock.start("draw")
@@ -276,7 +277,6 @@ def measure_captions(
     features: Features,
     collate: Stage2Collate,
     blind_collate: Stage2Collate,
-    num_beams: int,
     device: torch.device,
 ) -> tuple[dict, tuple[list[str], list[str]]]:
     """Caption loss and generated captions for true and shuffled images; also the captions of both."""
@@ -290,8 +290,8 @@ def measure_captions(
             "shuffled_image": caption_loss(stage2, batch, test[other]),
             "prompt_only": caption_loss(blind, batch, nothing),
         }
-        generated = generate(stage2, test, collate, num_beams, device)
-        blind_caption = generate(blind, nothing[:1], collate, num_beams, device)[0]
+        generated = generate(stage2, test, collate)
+        blind_caption = generate(blind, nothing[:1], collate)[0]
     elsewhere = [generated[i] for i in other.tolist()]
     shares = {
         "loss": losses,
@@ -302,7 +302,9 @@ def measure_captions(
     return shares, (generated, elsewhere)
 
 
-def caption_loss(model: Any, batch: dict[str, Tensor], features: Tensor, batch_size: int = 32) -> float:
+def caption_loss(
+    model: Any, batch: dict[str, Tensor], features: Tensor, batch_size: int = MEASURED_TOGETHER
+) -> float:
     """Mean cross-entropy a supervised token (nats) over all texts."""
     total, tokens = 0.0, 0
     for start in range(0, len(features), batch_size):
@@ -317,19 +319,16 @@ def generate(
     model: Any,
     features: Tensor,
     collate: Stage2Collate,
-    num_beams: int,
-    device: torch.device,
-    batch_size: int = 32,
+    batch_size: int = MEASURED_TOGETHER,
 ) -> list[str]:
-    """Captions by beam search (greedily with one beam) behind the prompt, up to the first full stop."""
-    prompt = torch.tensor([collate.prompt_ids], device=device)
+    """Greedy captions behind the prompt, up to the first full stop."""
+    prompt = torch.tensor([collate.prompt_ids], device=features.device)
     texts: list[str] = []
     for part in features.split(batch_size):
         tokens = model.generate(
             image_features=part,
             input_ids=prompt.expand(len(part), -1),
             max_new_tokens=16,
-            num_beams=num_beams,
             do_sample=False,
         )
         texts += collate.tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..generation import Blip2ForConditionalGeneration
 from ..pretraining import Blip2ForPreTraining
 from ..train import TrainResult, train
-from .assets import has_fast_bf16
+from . import assets
 from .batches import SceneDataset, Stage1Collate, Stage2Collate, TwinBatches
 from .evaluation import query_spread
 from .scenes import Scene, Splits, make_splits
@@ -38,8 +38,6 @@ class Recipe:
             never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
-        prompt_only_batch_size: the same for the baseline, which learns what captions are like in small steps.
-        num_beams: of the beam search for captions.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         stage2_warmup_steps: of the learning rate, and at most half of the steps.
@@ -52,14 +50,12 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 690
+    stage1_steps: int = 720
     stage1_warmup_steps: int = 100
     stage2_steps: int = 540
-    prompt_only_steps: int = 120
+    prompt_only_steps: int = 40
     stage1_batch_size: int = 32
     stage2_batch_size: int = 16
-    prompt_only_batch_size: int = 4
-    num_beams: int = 5
     stage1_learning_rate: float = 2e-4
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
@@ -102,9 +98,11 @@ LEAST_SPREAD = 0.4
 
 @contextlib.contextmanager
 def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
-    """Autocast to bfloat16 where that is native (or as told), on the device torch would use."""
+    """Autocast to bfloat16 where that is faster (or as told), on the device torch would use."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.autocast(device, torch.bfloat16, enabled=has_fast_bf16() if enabled is None else enabled):
+    with torch.autocast(
+        device, torch.bfloat16, enabled=assets.has_fast_bf16() if enabled is None else enabled
+    ):
         yield
 
 
@@ -211,7 +209,7 @@ def train_stage1(
         schedule=hold_then_fall,
         step_function=steps,
         output_dir=output_dir,
-        bf16=has_fast_bf16(),
+        bf16=assets.has_fast_bf16(),
         seed=seed,
         progress=progress,
         description="stage 1",
@@ -226,7 +224,6 @@ def train_stage2(
     recipe: Recipe,
     *,
     steps: int,
-    batch_size: int,
     output_dir: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -241,12 +238,12 @@ def train_stage2(
         model,
         SceneDataset(features, scenes),
         collate=collate,
-        batch_size=batch_size,
+        batch_size=recipe.stage2_batch_size,
         max_steps=steps,
         **rates,
         schedule=hold_then_fall,
         output_dir=output_dir,
-        bf16=has_fast_bf16(),
+        bf16=assets.has_fast_bf16(),
         seed=seed + 2,
         progress=progress,
         description=description,

@@ -36,7 +36,7 @@ def test_what_is_worse_is_named():
 @pytest.mark.skipif(
     cuda_budget.nvcc() is None or cuda_budget.cuobjdump() is None, reason="no nvcc or no cuobjdump"
 )
-@pytest.mark.architectures(90, 80, 100)
+@pytest.mark.architectures(*cuda_budget.ARCHITECTURES)
 def test_kernels_are_as_recorded(arch):
     measured = cuda_budget.measure(arch)
     recorded = RECORDED[f"sm_{arch}"]

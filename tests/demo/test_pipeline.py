@@ -75,6 +75,8 @@ def tiny(monkeypatch):
             output_dtype=torch.float32,
         )
 
+    # Which precision is faster is measured; both are tried wherever there are instructions for bfloat16.
+    monkeypatch.setattr(assets, "has_fast_bf16", torch.cpu._is_avx512_bf16_supported)
     monkeypatch.setattr(assets, "load_stage1", load_stage1)
     monkeypatch.setattr(assets, "load_language_model", load_language_model)
     monkeypatch.setattr(assets, "load_image_encoder", load_image_encoder)
@@ -342,11 +344,42 @@ def test_the_contrast_is_alone_until_it_tells_twins_apart(shares, longest, alone
     )
 
 
-@pytest.mark.parametrize(("seconds_in_bf16", "fast"), [(0.5, True), (1.9, False)])
+@pytest.mark.parametrize(("seconds_in_bf16", "fast"), [(0.5, True), (0.9, False), (1.9, False)])
 def test_bfloat16_is_taken_where_it_multiplies_faster(monkeypatch, seconds_in_bf16, fast):
     """Instructions for it are no proof: there are CPUs that take twice as long with them."""
     seconds = {torch.bfloat16: seconds_in_bf16, torch.float32: 1.0}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(assets, "_product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(assets, "_product_seconds", lambda dtypes: seconds)
     assert assets.has_fast_bf16.__wrapped__() is fast
+
+
+def test_without_instructions_for_bfloat16_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(assets, "_product_seconds", None)
+    assert assets.has_fast_bf16.__wrapped__() is False
+
+
+def test_a_few_pictures_are_captioned_at_a_time():
+    """Every picture, in order."""
+    asked = []
+
+    class Writer:
+        def generate(self, *, image_features, input_ids, **options):
+            assert len(input_ids) == len(image_features) and options["do_sample"] is False
+            asked.append(len(image_features))
+            return image_features[:, 0, :1].long()
+
+    class Collate:
+        prompt_ids = (1, 2)
+
+        class tokenizer:
+            @staticmethod
+            def batch_decode(tokens, skip_special_tokens):
+                return [f"{PROMPT} picture {int(row[0])}. More" for row in tokens]
+
+    captions = pipeline.generate(Writer(), torch.arange(70.0).view(70, 1, 1), Collate())
+    assert captions == [f"picture {i}" for i in range(70)]
+    assert asked == [32, 32, 6]

@@ -171,15 +171,17 @@ def _read_nvidia(name: str, binary: bytes) -> dict[str, int]:
 
 
 def _local_in_loops(text: str) -> int:
-    """Instructions that access the stack in a loop without a loop in it. A loop is what a branch jumps back
-    over."""
+    """Instructions that access the stack in a loop without another in it. A loop is what branches to one
+    place jump back over, and has a memory access: waiting for a barrier is none."""
     code = [(int(at, 16), said) for at, said in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)]
     branches = [(re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", said), at) for at, said in code]
-    loops = [(int(found[1], 16), at) for found, at in branches if found and int(found[1], 16) < at]
+    ends = {int(found[1], 16): at for found, at in branches if found and int(found[1], 16) < at}
+    memory = [at for at, said in code if re.search(r"\b(LD|ST|RED|ATOM)[A-Z]*\b", said)]
+    loops = {b: e for b, e in ends.items() if any(b <= at <= e for at in memory)}
     innermost = [
         (begin, end)
-        for begin, end in loops
-        if not any(begin <= b and e <= end for b, e in loops if (b, e) != (begin, end))
+        for begin, end in loops.items()
+        if not any(begin < b and e <= end for b, e in loops.items())
     ]
     accesses = [at for at, said in code if re.search(r"\b(LDL|STL)\b", said)]
     return sum(any(begin <= at <= end for begin, end in innermost) for at in accesses)

@@ -134,6 +134,9 @@ def test_a_stack_between_loops_is_not_one_in_them():
     assert local_in_loops(lines) == 0
     assert local_in_loops([*lines[:2], "LDL R4, [R1]", *lines[3:]]) == 1
     assert local_in_loops([*lines[:3], *lines[4:]]) == 2  # without the inner loop they are in one
+    # A loop that waits for a barrier hides nothing; a second way back to the same place makes no second loop.
+    assert local_in_loops([lines[0], "SYNCS R2, [UR4]", "@P0 BRA 0x10", *lines[4:]]) == 2
+    assert local_in_loops(["LDG.E R4, [R2.64]", "@P0 BRA 0x0", "STL [R1], R2", "@P1 BRA 0x0", "EXIT"]) == 1
 
 
 @pytest.mark.parametrize("target", [80, "gfx942"])

@@ -190,18 +190,18 @@ def broken_rules(name: str, figures: Mapping[str, int], target: str, version: st
     """What no configuration may do, whatever was recorded: not fit, spill, miss tensor cores, use atomics.
 
     In fp32 the compiler may put up to FEW_BYTES a thread aside before a loop and fetch them behind it, to let
-    one more program be resident: it does so where it has registers left. No innermost loop may touch them. Of
-    a forward kernel in half precision a multiprocessor runs two programs
-    or more, or it stands in ONE_RESIDENT with the reason.
+    one more program be resident: it does so where it has registers left. No innermost loop may touch them.
+    Of a forward kernel in half precision a multiprocessor runs two programs or more, or it stands in
+    ONE_RESIDENT with the reason.
     """
     if "registers" not in figures or figures.get("resident") == 0:
         return [f"{name}: does not fit, it takes {figures['shared']} bytes of shared memory"]
     broken = []
     registers = min(255, 65536 // (32 * figures["warps"]))
-    chosen = " half " not in name and figures["registers"] < registers and figures["stack"] <= FEW_BYTES
-    chosen = chosen and figures.get("stack_in_loops") == 0
+    few = figures["stack"] <= FEW_BYTES and figures.get("stack_in_loops") == 0
+    chosen = " half " not in name and figures["registers"] < registers and few
     if figures["stack"] > EXCUSED.get((version, target, name), 0) and not chosen:
-        inside = f", used {figures['stack_in_loops']} times in loops" if "stack_in_loops" in figures else ""
+        inside = f", {figures['stack_in_loops']} accesses in loops" if "stack_in_loops" in figures else ""
         broken.append(f"{name}: {figures['stack']} bytes of stack{inside}, {figures['registers']} registers")
     multiplies = " half " in name and not name.startswith(WITHOUT_PRODUCTS)
     if multiplies and not figures["tensor_core"]:

@@ -37,8 +37,9 @@ VARIANTS = (
 # -------------------------------------------------------------------------- what runs in the other processes
 
 
-def figures_of_variant(variant: str) -> list[tuple[str, int, int]]:
-    """[kernel, bytes of stack, tensor-core instructions] of all kernels of both attentions."""
+def figures_of_variant(variant: str) -> list[tuple[str, int, int, int]]:
+    """[kernel, bytes of stack, accesses to it in loops, tensor-core instructions] of all kernels of both
+    attentions."""
     dtype = {"fp16": torch.float16, "tf32": torch.float32}.get(variant, torch.bfloat16)
     head_dim = int(variant.split()[-1]) if variant.startswith("head dim") else 64
     kind = (dtype, head_dim)
@@ -58,7 +59,7 @@ def figures_of_variant(variant: str) -> list[tuple[str, int, int]]:
             for grouped in (False, True):
                 shipped.cross_backward_call(kind, 0.1, grouped)
         found = [report(made) for made in recorder.compilations]
-    return [(made.kernel, made.stack_bytes, made.tensor_core) for made in found]
+    return [(made.kernel, made.stack_bytes, made.local_in_loops, made.tensor_core) for made in found]
 
 
 def misfits(arch: int, op: str) -> tuple[int, list[str]]:
@@ -96,11 +97,12 @@ ALL = FORWARD | {"backward_tile_kernel", "backward_rows_kernel", "backward_keys_
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_compiles_to_tensor_cores_without_a_stack(variant):
     figures = call(figures_of_variant, variant)
-    with_products = {kernel for kernel, _, _ in figures} - {"group_kernel", "merge_kernel"}
+    with_products = {kernel for kernel, *_ in figures} - {"group_kernel", "merge_kernel"}
     assert with_products == (FORWARD if variant == "nothing kept" else ALL)
-    for kernel, stack, tensor_core in figures:
+    for kernel, stack, in_loops, tensor_core in figures:
         few = budget.FEW_BYTES if variant == "tf32" else 0
         assert stack <= SPILLED.get((variant, kernel), few), kernel
+        assert variant != "tf32" or in_loops == 0, kernel
         assert tensor_core or kernel not in with_products, kernel
 
 

@@ -186,11 +186,15 @@ def test_score_caption_and_the_second_stage_follow(stage1, parts, tmp_path, caps
     assert "expected one of stage 1" in err
 
 
-def test_resume_goes_on_and_init_starts_from_a_checkpoint(stage1, parts, tmp_path, capsys):
+def test_resume_goes_on_and_init_starts_from_a_checkpoint(
+    stage1, parts, tmp_path, capsys, asked_to_keep_memory
+):
     output = tmp_path / "more"
+    asked_to_keep_memory.clear()
     options = ("--device", "cpu", "--batch-size", 4, "--warmup", 0)
     begin = ("train", "stage1", parts / "manifest.jsonl", "--init", stage1, "-o", output)
     run(*begin, "--steps", 2, *options, capsys=capsys)
+    assert asked_to_keep_memory
     assert read_history(output)[0]["loss"] < read_history(stage1)[0]["loss"] - 0.5
     _, err = run(*begin, "--steps", 4, *options, code=1, capsys=capsys)
     assert "output_dir: expected a folder without checkpoints (or resume_from, --resume)" in err
@@ -303,9 +307,10 @@ def test_wrong_options_and_help(capsys):
     assert f"torch {torch.__version__}" in out and out.startswith("blip2-kernels ")
 
 
-def test_demo_hands_its_options_on(monkeypatch, capsys, tmp_path):
+def test_demo_hands_its_options_on(monkeypatch, capsys, tmp_path, asked_to_keep_memory):
     from blip2_kernels.model import demo
 
+    asked_to_keep_memory.clear()
     calls, signature = [], inspect.signature(demo.run)
 
     def record(*arguments, **options):
@@ -320,7 +325,7 @@ def test_demo_hands_its_options_on(monkeypatch, capsys, tmp_path):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     run("demo", "--device", "cpu", "--cache-dir", tmp_path, capsys=capsys)
     assert calls[1]["cache_dir"] == tmp_path and not calls[1]["quick"] and calls[1]["use_fused"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and asked_to_keep_memory
     monkeypatch.setattr(demo, "compare", lambda **options: calls.append(options))
     run("demo", "--compare-paths", 7, "--seed", 3, "--output", tmp_path, capsys=capsys)
     assert calls.pop() == {

@@ -26,7 +26,8 @@ print(asked, faults())
 
 def run(how):
     command = [sys.executable, "-c", PROGRAM, how]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean_environment())
+    environment = clean_environment(LD_PRELOAD="", GLIBC_TUNABLES="")
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     asked, faults = done.stdout.split()
     return asked == "True", int(faults)
 

@@ -79,7 +79,7 @@ def _backward(rows: int, keys: int, warps: int, stages: int) -> Config:
 
 
 # In half precision the compiler spills no registers of these on NVIDIA's GPUs, in Triton 3.6 or in 3.9, with
-# dropout or without; in fp32 it may put 32 bytes aside, outside loops, for one more program
+# dropout or without; in fp32 it may put 32 bytes aside, outside innermost loops, for one more program
 # (`tests/kernels/budget.py`).
 # fp32 products, which have no tensor cores, keep whole rows of their operands in registers: eight warps share
 # them where four would spill.
