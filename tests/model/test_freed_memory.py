@@ -18,9 +18,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 asked = sys.argv[1] == "keep" and keep_freed_memory()
-for _ in range(4):  # an aligned block does not fit where the first one was
-    faults()
-print(asked, faults())
+print(asked, min(faults() for _ in range(20)))  # an aligned block may not fit where the one before it was
 """
 
 
