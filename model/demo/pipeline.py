@@ -316,10 +316,7 @@ def caption_loss(
 
 
 def generate(
-    model: Any,
-    features: Tensor,
-    collate: Stage2Collate,
-    batch_size: int = MEASURED_TOGETHER,
+    model: Any, features: Tensor, collate: Stage2Collate, batch_size: int = MEASURED_TOGETHER
 ) -> list[str]:
     """Greedy captions behind the prompt, up to the first full stop."""
     prompt = torch.tensor([collate.prompt_ids], device=features.device)

@@ -100,9 +100,8 @@ LEAST_SPREAD = 0.4
 def mixed_precision(enabled: bool | None = None) -> Iterator[None]:
     """Autocast to bfloat16 where that is faster (or as told), on the device torch would use."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.autocast(
-        device, torch.bfloat16, enabled=assets.has_fast_bf16() if enabled is None else enabled
-    ):
+    wanted = assets.has_fast_bf16() if enabled is None else enabled
+    with torch.autocast(device, torch.bfloat16, enabled=wanted):
         yield
 
 
