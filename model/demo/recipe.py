@@ -38,6 +38,8 @@ class Recipe:
             never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
         stage1_batch_size, stage2_batch_size: scenes a step.
+        prompt_only_batch_size: the same for the baseline, which learns what captions are like in small steps.
+        num_beams: of the beam search for captions.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         stage2_warmup_steps: of the learning rate, and at most half of the steps.
@@ -53,9 +55,11 @@ class Recipe:
     stage1_steps: int = 720
     stage1_warmup_steps: int = 100
     stage2_steps: int = 540
-    prompt_only_steps: int = 40
+    prompt_only_steps: int = 120
     stage1_batch_size: int = 32
     stage2_batch_size: int = 16
+    prompt_only_batch_size: int = 4
+    num_beams: int = 5
     stage1_learning_rate: float = 2e-4
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
@@ -223,6 +227,7 @@ def train_stage2(
     recipe: Recipe,
     *,
     steps: int,
+    batch_size: int,
     output_dir: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -237,7 +242,7 @@ def train_stage2(
         model,
         SceneDataset(features, scenes),
         collate=collate,
-        batch_size=recipe.stage2_batch_size,
+        batch_size=batch_size,
         max_steps=steps,
         **rates,
         schedule=hold_then_fall,
