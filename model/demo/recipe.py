@@ -37,7 +37,8 @@ class Recipe:
         stage1_warmup_steps: of the learning rate. A short warm-up teaches the things at once, and then often
             never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
-        stage1_batch_size, stage2_batch_size: scenes a step.
+        contrast_batch_size, stage1_batch_size, stage2_batch_size: scenes a step, while ITC is alone, in the
+            rest of stage 1 and in stage 2.
         prompt_only_batch_size: the same for the baseline, which learns what captions are like in small steps.
         num_beams: of the beam search for captions.
         stage1_learning_rate, stage2_learning_rate: peaks.
@@ -56,7 +57,8 @@ class Recipe:
     stage1_warmup_steps: int = 100
     stage2_steps: int = 540
     prompt_only_steps: int = 120
-    stage1_batch_size: int = 32
+    contrast_batch_size: int = 32
+    stage1_batch_size: int = 16
     stage2_batch_size: int = 16
     prompt_only_batch_size: int = 4
     num_beams: int = 5
@@ -201,12 +203,16 @@ def train_stage1(
     """
     dataset, collate = SceneDataset(features, scenes), Stage1Collate(tokenizer)
     steps, nouns = ContrastFirst(recipe.contrast_steps), [scene.nouns for scene in scenes]
+
+    def batch_size(step: int) -> int:
+        return recipe.contrast_batch_size if steps.alone else recipe.stage1_batch_size
+
     model.get_parameter(WORDS).requires_grad_(False)
     return train(
         model,
         dataset,
         collate=collate,
-        batch_sampler=TwinBatches(twins, nouns, recipe.stage1_batch_size, seed, steps.hardens),
+        batch_sampler=TwinBatches(twins, nouns, batch_size, seed, steps.hardens),
         max_steps=recipe.stage1_steps,
         **stage1_rates(recipe),
         schedule=hold_then_fall,
