@@ -77,7 +77,7 @@ class TwinBatches:
             size = self.batch_size(step)
             if not 1 <= size <= self.total:
                 raise ValueError(
-                    f"batch_size: expected 1 to {self.total} (the scenes there are) at step {step}, got {size}"
+                    f"batch_size: expected 1 to {self.total} scenes (all of them) at step {step}, got {size}"
                 )
             if begin + size > self.total:
                 orders, begin, epochs = self._orders(epochs), 0, epochs + 1
