@@ -156,7 +156,7 @@ def run(
     metrics: dict[str, Any] = {"seed": seed, "quick": quick, "use_fused": use_fused, "recipe": asdict(plan)}
     metrics |= measure_stage1(stage1, splits, features, tokenizer, device)
     metrics["captions"], texts = measure_captions(
-        stage2, blind, splits.test, features, collate, blind_collate, plan.num_beams, device
+        stage2, blind, splits.test, features, collate, blind_collate, device
     )
 
     clock.start("draw")
@@ -279,7 +279,6 @@ def measure_captions(
     features: Features,
     collate: Stage2Collate,
     blind_collate: Stage2Collate,
-    num_beams: int,
     device: torch.device,
 ) -> tuple[dict, tuple[list[str], list[str]]]:
     """Caption loss and generated captions for true and shuffled images; also the captions of both."""
@@ -293,8 +292,8 @@ def measure_captions(
             "shuffled_image": caption_loss(stage2, batch, test[other]),
             "prompt_only": caption_loss(blind, batch, nothing),
         }
-        generated = generate(stage2, test, collate, num_beams)
-        blind_caption = generate(blind, nothing[:1], collate, num_beams)[0]
+        generated = generate(stage2, test, collate)
+        blind_caption = generate(blind, nothing[:1], collate)[0]
     elsewhere = [generated[i] for i in other.tolist()]
     shares = {
         "loss": losses,
@@ -319,13 +318,9 @@ def caption_loss(
 
 
 def generate(
-    model: Any,
-    features: Tensor,
-    collate: Stage2Collate,
-    num_beams: int,
-    batch_size: int = MEASURED_TOGETHER,
+    model: Any, features: Tensor, collate: Stage2Collate, batch_size: int = MEASURED_TOGETHER
 ) -> list[str]:
-    """Captions by beam search behind the prompt, up to the first full stop."""
+    """Greedy captions behind the prompt, up to the first full stop."""
     prompt = torch.tensor([collate.prompt_ids], device=features.device)
     texts: list[str] = []
     for part in features.split(batch_size):
@@ -333,7 +328,6 @@ def generate(
             image_features=part,
             input_ids=prompt.expand(len(part), -1),
             max_new_tokens=16,
-            num_beams=num_beams,
             do_sample=False,
         )
         texts += collate.tokenizer.batch_decode(tokens, skip_special_tokens=True)

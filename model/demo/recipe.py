@@ -40,7 +40,6 @@ class Recipe:
         contrast_batch_size, stage1_batch_size, stage2_batch_size: scenes a step, while ITC is alone, in the
             rest of stage 1 and in stage 2.
         prompt_only_batch_size: the same for the baseline, which learns what captions are like in small steps.
-        num_beams: of the beam search for captions.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         stage2_warmup_steps: of the learning rate, and at most half of the steps.
@@ -53,15 +52,14 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 720
+    stage1_steps: int = 850
     stage1_warmup_steps: int = 100
-    stage2_steps: int = 540
+    stage2_steps: int = 720
     prompt_only_steps: int = 120
     contrast_batch_size: int = 32
     stage1_batch_size: int = 16
-    stage2_batch_size: int = 16
+    stage2_batch_size: int = 8
     prompt_only_batch_size: int = 4
-    num_beams: int = 5
     stage1_learning_rate: float = 2e-4
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1

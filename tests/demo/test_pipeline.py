@@ -378,7 +378,6 @@ def test_a_few_pictures_are_captioned_at_a_time():
     class Writer:
         def generate(self, *, image_features, input_ids, **options):
             assert len(input_ids) == len(image_features) and options["do_sample"] is False
-            assert options["num_beams"] == 3
             asked.append(len(image_features))
             return image_features[:, 0, :1].long()
 
@@ -390,6 +389,6 @@ def test_a_few_pictures_are_captioned_at_a_time():
             def batch_decode(tokens, skip_special_tokens):
                 return [f"{PROMPT} picture {int(row[0])}. More" for row in tokens]
 
-    captions = pipeline.generate(Writer(), torch.arange(70.0).view(70, 1, 1), Collate(), num_beams=3)
+    captions = pipeline.generate(Writer(), torch.arange(70.0).view(70, 1, 1), Collate())
     assert captions == [f"picture {i}" for i in range(70)]
     assert asked == [32, 32, 6]
