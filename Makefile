@@ -29,7 +29,7 @@ SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.tx
 
 help:
 	@echo "make demo        train BLIP-2 on real pictures in two stages, write runs/demo (about 12 minutes"
-	@echo "                 on 2 cores; make demo ARGS=--quick is a short version)"
+	@echo "                 on 2 fast cores; make demo ARGS=--quick is a short version)"
 	@echo "make test        every test, on the CPU and on a GPU where torch sees one; what only compiles,"
 	@echo "                 for one kind of GPU"
 	@echo "make test-quick  the tests that take seconds"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checkpoints import load_checkpoint, load_into
 from ..generation import Blip2ForConditionalGeneration
+from ..memory import give_back_freed_memory
 from ..progress import ProgressBar, format_duration
 from ..training_state import remove_run
 from ..vision import FeatureCache
@@ -148,6 +149,7 @@ def run(
     ).history
 
     clock.start("measure")
+    give_back_freed_memory()
     _say("measuring on held-out pictures")
     for model in (stage1, stage2, blind):
         model.eval()

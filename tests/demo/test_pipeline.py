@@ -104,7 +104,16 @@ def leaves(value):
     return [value]
 
 
-def test_the_whole_demo_in_small(tiny, tmp_path):
+def test_the_whole_demo_in_small(tiny, tmp_path, monkeypatch):
+    given_back: list[bool] = []
+    generate = pipeline.generate
+
+    def generate_small(*arguments):
+        assert given_back  # before the caches of generation grow
+        return generate(*arguments)
+
+    monkeypatch.setattr(pipeline, "give_back_freed_memory", lambda: given_back.append(True))
+    monkeypatch.setattr(pipeline, "generate", generate_small)
     metrics = pipeline.run(tmp_path / "out", quick=True, seed=1, cache_dir=tmp_path / "cache", progress=False)
 
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
