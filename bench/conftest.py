@@ -5,6 +5,8 @@
     pytest bench/ --only stage1,cross      cases with one of these in name or group, also those in no grid
     pytest bench/ -k "ours or sdpa"        some of the peers
     pytest bench/ --benchmark-json=x.json  and everything else that pytest-benchmark does
+    pytest bench/ --full --results --again   times once more what is kept, and pools: placement in memory
+                                           differs from process to process
     pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
 
 The peers of a case are checked first, then run in turn, round by round; what pytest-benchmark shows, keeps
@@ -65,6 +67,9 @@ def pytest_addoption(parser):
     group.addoption(
         "--profile", action="store_true", help="look at the kernels of rows that are there, on a GPU"
     )
+    group.addoption(
+        "--again", action="store_true", help="time rows that are there once more, and pool the processes"
+    )
     group.addoption("--warm", action="store_true", help="run every peer once and time nothing")
     group.addoption("--share", default="0/1", metavar="I/N", help="every N-th case from the I-th on")
 
@@ -87,6 +92,8 @@ def pytest_configure(config):
         value = config.getoption(name, None)
         if value is not None and value <= 0:
             raise pytest.UsageError(f"{name}: expected more than 0, got {value}")
+    if config.getoption("--again", False) and config.getoption("--results", None) is None:
+        raise pytest.UsageError("--again: expected --results, whose rows are timed again")
     share = config.getoption("--share", "0/1")
     if not re.fullmatch(r"\d+/[1-9]\d*", share):
         raise pytest.UsageError(f"--share: expected I/N, such as 0/8, got {share}")
@@ -146,16 +153,17 @@ class House:
             ) / "results.json"
         full, disabled = config.getoption("--full"), config.getoption("benchmark_disable", False)
         self.revision = revision()
-        profiles = config.getoption("--profile")
-        self.resume = config.getoption("--resume") and not profiles
+        profiles, again = config.getoption("--profile"), config.getoption("--again")
+        self.resume = config.getoption("--resume") and not (profiles or again)
         self.runner = Runner(
             setting,
-            Results.at(path, self.resume or profiles),
+            Results.at(path, self.resume or profiles or again),
             rounds=config.getoption("--rounds") or (41 if full and setting.device == "cpu" else 21),
             seconds=config.getoption("--seconds") or (10.0 if full else 3.0),
             budget=config.getoption("--budget"),
             check_only=config.getoption("--warm") or disabled or profiles,
             profiles=profiles,
+            again=again,
         )
         self.wanted: dict[str, list[str]] = {}
         for item in filter(case_of, items):

@@ -231,6 +231,12 @@ def report(
             "least time that the measured copy and product allow for the case, whatever the algorithm. A",
             "peer whose result is wrong has no figures.",
         ]
+        processes = [len(row["eager"].get("each", [1])) for row in rows if row["eager"]]
+        if max(processes, default=1) > 1:
+            lines += [
+                f"All of this was timed in {min(processes)} processes or more: a median is that of their",
+                "medians, an interval holds each of theirs.",
+            ]
     for name in pictures:
         lines += ["", f"![{name.removesuffix('.png').replace('-', ' ')}]({name})"]
     for heading, text in sections.items():

@@ -2,9 +2,10 @@
 
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,17 @@ process to process, and no round of one process shows it."""
 CPU_ROUND_MS = 10.0
 """A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 LOST = "lost the GPU"
+
+
+def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A timing or a ratio with that of one more process: the median of all processes' medians (`each`), and
+    what holds every one of their intervals."""
+    each = [*known.get("each", [known["median"]]), more["median"]]
+    made = {"median": statistics.median(each)}
+    made |= {key: min(known[key], more[key]) for key in ("p20", "low") if key in more}
+    made |= {key: max(known[key], more[key]) for key in ("p80", "high") if key in more}
+    made |= {key: known[key] + more[key] for key in ("rounds",) if key in more}
+    return {**made, "each": each}
 
 
 @dataclass
@@ -79,6 +91,19 @@ class Row:
     @property
     def runs(self) -> bool:
         return self.absent is None and self.failed is None
+
+    @property
+    def time(self) -> dict[str, float] | None:
+        """What it is judged by: the time of its kernels where there is one, else that of the call."""
+        return self.device_time if isinstance(self.device_time, dict) else self.eager
+
+    def pool(self, again: "Row") -> None:
+        """Take in the times of another process."""
+        self.failed = again.failed
+        for kind in ("device_time", "warm", "eager", "host", "ratio"):
+            mine, its = getattr(self, kind), getattr(again, kind)
+            if isinstance(mine, dict) and isinstance(its, dict):
+                setattr(self, kind, pooled(mine, its))
 
 
 @contextmanager
@@ -208,6 +233,7 @@ class Runner:
         check_only: run and check every peer, time nothing (fills the caches of compilers).
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
             slower, so this is for a process of its own.
+        again: time rows that are there once more, and pool: they were checked and counted before.
         lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
 
@@ -218,6 +244,7 @@ class Runner:
     budget: float = float("inf")
     check_only: bool = False
     profiles: bool = False
+    again: bool = False
     lost: str | None = None
     begun: float = field(default_factory=time.perf_counter)
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -229,7 +256,9 @@ class Runner:
         rows = {peer: Row(spec.group, name, peer) for peer in wanted}
         self.timings = {}
         if self.profiles:
-            return self._profile(name, spec, rows)
+            return self._look_again(name, spec, rows, self._profile)
+        if self.again:
+            return self._look_again(name, spec, rows, self._time_again)
         if not self.check_only:
             for row in rows.values():
                 row.about = self.facts()
@@ -265,28 +294,55 @@ class Runner:
                 if (row.runs and row.eager is None) or row.failed:
                     row.failed = f"{LOST}: {said(error)}"
 
-    def _profile(self, name: str, spec: Spec, rows: dict[str, Row]) -> list[Row]:
-        """Kernels of the peers that have figures, added to their rows."""
-        known = {row["peer"]: row for row in self.results.rows if row["case"] == name and row["eager"]}
+    def _look_again(
+        self,
+        name: str,
+        spec: Spec,
+        rows: dict[str, Row],
+        look: Callable[[Case, str, dict[str, Row]], None],
+    ) -> list[Row]:
+        """The rows as they are kept, with what `look` adds to those that have figures of this revision."""
+        kept = {row["peer"]: Row(**row) for row in self.results.rows if row["case"] == name}
+        revision = about.revision()
+        known = {
+            peer: row
+            for peer, row in kept.items()
+            if peer in rows and row.eager and row.about.get("revision") == revision
+        }
         if time.perf_counter() - self.begun <= self.budget and known:
+            torch.manual_seed(SEED)
             case = spec.build(self.setting)
-            for peer in known.keys() & rows.keys():
-                if case.peers[peer].counted:
-                    with noted(rows[peer], "kernels"):
-                        for call in case.peers[peer].calls:
-                            call()
-                        profile(case.peers[peer], rows[peer])
+            look(case, spec.ours, known)
             case.clean()
         for peer, row in rows.items():
-            rows[peer] = Row(**known[peer]) if peer in known else row
-            for found in ("launches", "kernel_ms", "kernels") if row.kernel_ms is not None else ():
-                setattr(rows[peer], found, getattr(row, found))
-            rows[peer].remarks = [*rows[peer].remarks, *row.remarks]
+            reason = (kept[peer].absent or kept[peer].failed) if peer in kept else None
+            row.absent = reason or f"no figures of revision {revision} are kept"
         if known:
-            others = [Row(**r) for r in self.results.rows if r["case"] == name and r["peer"] not in rows]
-            self.results.keep(name, [*rows.values(), *others])
+            self.results.keep(name, list((rows | kept).values()))
         self._clear(rows)
-        return list(rows.values())
+        return [known.get(peer, row) for peer, row in rows.items()]
+
+    def _profile(self, case: Case, ours: str, rows: dict[str, Row]) -> None:
+        """Kernels of the peers, added to their rows."""
+        for peer, row in rows.items():
+            if case.peers[peer].counted:
+                with noted(row, "kernels"):
+                    for call in case.peers[peer].calls:
+                        call()
+                    profile(case.peers[peer], row)
+
+    def _time_again(self, case: Case, ours: str, rows: dict[str, Row]) -> None:
+        """Times of the peers, pooled with those of the processes before."""
+        fresh = {peer: Row(row.group, row.case, peer) for peer, row in rows.items()}
+        self._time(case, ours, fresh)
+        for peer, row in rows.items():
+            row.pool(fresh[peer])
+        for row in rows.values():
+            if row.floor_ms is not None and row.of_roofline is not None and row.time:
+                row.of_roofline = row.floor_ms / row.time["median"]
+            whole = rows[ours].time if ours in rows else None
+            if row.share is not None and row.time and whole:
+                row.share = row.time["median"] / whole["median"]
 
     def _run(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
         dtype = str(case.dtype).removeprefix("torch.")

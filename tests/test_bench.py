@@ -200,6 +200,47 @@ def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(benc
     assert ours["seed"] == 0 and ours["bytes"] == 32.0 and ours["dtype"] == "float32"
 
 
+def test_processes_are_pooled(bench, tmp_path, monkeypatch):
+    """Medians of their medians, and intervals that hold all of theirs; what has no figures stays as it is."""
+
+    def process(again: bool, milliseconds: dict[str, list[float]]) -> tuple[dict, dict]:
+        def eager_times(calls, device, **limits):
+            return {name: bench.runner.Timing.of(milliseconds[name]) for name in calls}
+
+        monkeypatch.setattr(bench.runner.measure, "eager_times", eager_times)
+        results = bench.runner.Results.at(path, resume=again)
+        runner = bench.runner.Runner(bench.cases.Setting(tiny=True), results, again=again)
+        rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
+        return rows, {row["peer"]: row for row in bench.report.read_rows(path)}
+
+    path = tmp_path / "results.json"
+    spec = planted(bench, wrong=lambda: torch.zeros(4), gone="somebody is not installed")
+    process(False, {"ours": [1.0] * 5, "plain": [1.9, 2.0, 2.0, 2.0, 2.3]})
+    process(True, {"ours": [1.0] * 5, "plain": [2.4, 2.5, 2.5, 2.5, 2.6]})
+    rows, kept = process(True, {"ours": [2.0] * 5, "plain": [4.2] * 5})
+    for plain in (vars(rows["plain"]), kept["plain"]):
+        assert plain["eager"] == {
+            "median": 2.5,
+            "p20": 2.0,
+            "p80": 4.2,
+            "rounds": 15,
+            "each": [2.0, 2.5, 4.2],
+        }
+        assert plain["ratio"]["median"] == 2.1 and plain["ratio"]["each"] == [2.0, 2.5, 2.1]
+        assert plain["ratio"]["low"] == pytest.approx(1.94) and plain["ratio"]["high"] == pytest.approx(2.575)
+        assert plain["of_roofline"] == plain["floor_ms"] / 2.5
+    assert (
+        kept["wrong"]["failed"].startswith("wrong: error")
+        and kept["gone"]["absent"] == "somebody is not installed"
+    )
+    assert kept["plain"]["agreement"] and kept["plain"]["about"]["revision"]
+    assert "in 3 processes or more" in bench.report.report(list(kept.values()), "planted", {}, [])
+
+    monkeypatch.setattr(bench.runner.about, "revision", lambda: "another")
+    rows, after = process(True, {"ours": [9.0] * 5, "plain": [9.0] * 5})
+    assert after == kept and rows["plain"].absent == "no figures of revision another are kept"
+
+
 def test_ctrl_c_leaves_the_finished_rows(bench, tmp_path):
     path = tmp_path / "results.json"
     runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(path), rounds=2)
@@ -270,6 +311,7 @@ def test_the_gates_of_pytest_bench(tmp_path):
         ({"--rounds": 0}, "--rounds: expected more than 0, got 0"),
         ({"--threads": -1}, "--threads: expected more than 0, got -1"),
         ({"--share": "8"}, "--share: expected I/N, such as 0/8, got 8"),
+        ({"--again": True}, "--again: expected --results, whose rows are timed again"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(bench, given, expected):
