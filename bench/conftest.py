@@ -5,8 +5,7 @@
     pytest bench/ --only stage1,cross      cases with one of these in name or group, also those in no grid
     pytest bench/ -k "ours or sdpa"        some of the peers
     pytest bench/ --benchmark-json=x.json  and everything else that pytest-benchmark does
-    pytest bench/ --full --results --again   times once more what is kept, and pools: placement in memory
-                                           differs from process to process
+    pytest bench/ --full --results --again  the kept rows once more, pooled: see `Runner.again`
     pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
 
 The peers of a case are checked first, then run in turn, round by round; what pytest-benchmark shows, keeps

@@ -36,7 +36,8 @@ def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     made = {"median": statistics.median(each)}
     made |= {key: min(known[key], more[key]) for key in ("p20", "low") if key in more}
     made |= {key: max(known[key], more[key]) for key in ("p80", "high") if key in more}
-    made |= {key: known[key] + more[key] for key in ("rounds",) if key in more}
+    if "rounds" in more:
+        made["rounds"] = known["rounds"] + more["rounds"]
     return {**made, "each": each}
 
 
@@ -104,6 +105,12 @@ class Row:
             mine, its = getattr(self, kind), getattr(again, kind)
             if isinstance(mine, dict) and isinstance(its, dict):
                 setattr(self, kind, pooled(mine, its))
+        self.near_roofline()
+
+    def near_roofline(self) -> None:
+        """Hold the time against the least one, where both are known."""
+        if self.floor_ms is not None and self.time:
+            self.of_roofline = self.floor_ms / self.time["median"]
 
 
 @contextmanager
@@ -319,7 +326,7 @@ class Runner:
             row.absent = reason or f"no figures of revision {revision} are kept"
         if known:
             self.results.keep(name, list((rows | kept).values()))
-        self._clear(rows)
+        self._clear(known)
         return [known.get(peer, row) for peer, row in rows.items()]
 
     def _profile(self, case: Case, ours: str, rows: dict[str, Row]) -> None:
@@ -337,10 +344,8 @@ class Runner:
         self._time(case, ours, fresh)
         for peer, row in rows.items():
             row.pool(fresh[peer])
+        whole = rows[ours].time if ours in rows else None
         for row in rows.values():
-            if row.floor_ms is not None and row.of_roofline is not None and row.time:
-                row.of_roofline = row.floor_ms / row.time["median"]
-            whole = rows[ours].time if ours in rows else None
             if row.share is not None and row.time and whole:
                 row.share = row.time["median"] / whole["median"]
 
@@ -460,8 +465,7 @@ class Runner:
         if self._roofline is None or operations is None:
             return
         for name, row in rows.items():
-            timing = self.timings.get(name)
-            if timing is None or getattr(case.peers[name], "part", False):
+            if name not in self.timings or getattr(case.peers[name], "part", False):
                 continue
             row.floor_ms = self._roofline.floor_ms(case.moved, operations, row.dtype or "float32")
-            row.of_roofline = row.floor_ms / timing.median
+            row.near_roofline()
