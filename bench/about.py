@@ -23,8 +23,12 @@ def _output(*command: str) -> str | None:
 
 
 def revision() -> str:
-    """The checkout's git revision, "unknown" outside one."""
-    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown"
+    """The checkout's git revision, "-dirty" where more than results has changed; "unknown" outside one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    named = _output(*git, "describe", "--always")
+    where = (":(top)", ":(top,exclude)bench/results")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", *where)
+    return (named or "unknown") + ("-dirty" if changed else "")
 
 
 def version(package: str) -> str | None:

@@ -241,6 +241,29 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     assert after == kept and rows["plain"].absent == "no figures of revision another are kept"
 
 
+def test_results_that_are_written_leave_the_revision_as_it_was(bench, tmp_path, monkeypatch):
+    """Else no second process would find the rows of the first: a device's results are in the repository."""
+
+    def git(*arguments: str) -> None:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y", *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+
+    code, rows = tmp_path / "bench" / "about.py", tmp_path / "bench" / "results" / "gpu" / "results.json"
+    rows.parent.mkdir(parents=True)
+    code.write_text("1")
+    rows.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    about = bench.runner.about
+    monkeypatch.setattr(about, "__file__", str(code))
+    before = about.revision()
+    rows.write_text("2")
+    assert about.revision() == before and before.isalnum()
+    code.write_text("2")
+    assert about.revision() == f"{before}-dirty"
+
+
 def test_ctrl_c_leaves_the_finished_rows(bench, tmp_path):
     path = tmp_path / "results.json"
     runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(path), rounds=2)
