@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import measure
 import torch
 from cases import Case, Peer, Result, Setting, Spec
 from measure import Timing, said
+from report import time_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_kernels.ops.flops import FORMULAS
@@ -96,7 +97,7 @@ class Row:
     @property
     def time(self) -> dict[str, float] | None:
         """What it is judged by: the time of its kernels where there is one, else that of the call."""
-        return self.device_time if isinstance(self.device_time, dict) else self.eager
+        return time_of(vars(self))
 
     def pool(self, again: "Row") -> None:
         """Take in the times of another process."""
@@ -317,10 +318,14 @@ class Runner:
             if peer in rows and row.eager and row.about.get("revision") == revision
         }
         if time.perf_counter() - self.begun <= self.budget and known:
-            torch.manual_seed(SEED)
-            case = spec.build(self.setting)
-            look(case, spec.ours, known)
-            case.clean()
+            try:
+                torch.manual_seed(SEED)
+                case = spec.build(self.setting)
+                look(case, spec.ours, known)
+                case.clean()
+            except Exception as error:  # what is kept stays as it was
+                self._clear(rows)
+                return [replace(row, failed=said(error)) for row in rows.values()]
         for peer, row in rows.items():
             reason = (kept[peer].absent or kept[peer].failed) if peer in kept else None
             row.absent = reason or f"no figures of revision {revision} are kept"

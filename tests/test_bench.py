@@ -1,5 +1,6 @@
 """Benchmarks: no figure without a right result, peers on the path they are named for, a gate that works."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -236,6 +237,11 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     assert kept["plain"]["agreement"] and kept["plain"]["about"]["revision"]
     assert "in 3 processes or more" in bench.report.report(list(kept.values()), "planted", {}, [])
 
+    working, spec = spec, dataclasses.replace(spec, build=lambda _: [][0])
+    rows, after = process(True, {})
+    assert after == kept and {row.failed for row in rows.values()} == {"IndexError: list index out of range"}
+
+    spec = working
     monkeypatch.setattr(bench.runner.about, "revision", lambda: "another")
     rows, after = process(True, {"ours": [9.0] * 5, "plain": [9.0] * 5})
     assert after == kept and rows["plain"].absent == "no figures of revision another are kept"

@@ -152,7 +152,7 @@ def test_a_build_that_fails_does_not_stop_the_installation(tmp_path):
 def test_a_static_cxx_runtime_tells_errors_whole(tmp_path):
     """Compilers without a shared C++ runtime link theirs in silently; torch brings another one."""
     compiler = tmp_path / "static-c++"
-    compiler.write_text('#!/bin/sh\nexec c++ "$@" -static-libstdc++\n')
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0 -static-libstdc++\n')
     compiler.chmod(0o755)
     arguments = ("build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp"))
     command = [sys.executable, str(ROOT / "setup.py"), "-q", *arguments]

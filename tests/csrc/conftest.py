@@ -1,10 +1,11 @@
-"""The CUDA kernels of csrc/, built to run on the host: once a worker."""
+"""The CUDA kernels of csrc/, built to run on the host."""
 
 import ctypes
 
 import pytest
 import torch
 from harness import host_build
+from processes import made_once
 
 needs_compiler = pytest.mark.skipif(host_build.COMPILER is None, reason="no C++ compiler (c++, g++)")
 
@@ -17,7 +18,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    return host_build.build_operators(tmp_path_factory.mktemp("on_host"))
+    (library,) = made_once(tmp_path_factory, "on_host", host_build.build_operators).glob("*.so")
+    return library
 
 
 @pytest.fixture(scope="session")

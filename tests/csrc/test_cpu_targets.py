@@ -15,7 +15,7 @@ import torch
 from compiled_cases import DTYPES, PAIRS, WIDTHS
 from harness import host_build
 from operator_checks import check_embed, check_gelu, check_norm
-from processes import clean_environment
+from processes import clean_environment, made_once
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,13 +29,16 @@ OPERATORS = ("add_layer_norm", "bias_gelu", "embed_tokens")
 @pytest.fixture(scope="module", params=RANKS)
 def built(request, tmp_path_factory):
     """A target's name and the folder of its build: the library in lib, object files in temp."""
-    target, folder = request.param, tmp_path_factory.mktemp(request.param)
-    flags = f"-DBLIP2_KERNELS_TARGET={target} -DBLIP2_KERNELS_NAMESPACE=blip2_kernels_{target}"
-    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", folder / "lib", "-t", folder / "temp"]
-    environment = clean_environment(CXXFLAGS=flags, BLIP2_KERNELS_BUILD="cpu", MAX_JOBS="2")
-    done = subprocess.run(command, cwd=host_build.ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return target, folder
+    target = request.param
+
+    def build(folder):
+        flags = f"-DBLIP2_KERNELS_TARGET={target} -DBLIP2_KERNELS_NAMESPACE=blip2_kernels_{target}"
+        command = [sys.executable, "setup.py", "-q", "build_ext", "-b", folder / "lib", "-t", folder / "temp"]
+        environment = clean_environment(CXXFLAGS=flags, BLIP2_KERNELS_BUILD="cpu", MAX_JOBS="2")
+        done = subprocess.run(command, cwd=host_build.ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    return target, made_once(tmp_path_factory, target, build)
 
 
 @pytest.fixture(scope="module")
