@@ -4,6 +4,7 @@ meet.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,7 +40,8 @@ class SceneDataset(Dataset):
 
 class TwinBatches:
     """Batches of indices in which scenes of the same two things meet: the contrast has to tell them apart by
-    the relation alone, and draws them as hard negatives for matching.
+    the relation alone, and draws them as hard negatives for matching. They never end: an epoch follows
+    another, each in an order of its own.
 
     Where asked, scenes that share one thing follow one another too ("a lock left of a rose", "a lock left of
     a football"): these are what is confused with one another on held-out scenes.
@@ -47,26 +49,21 @@ class TwinBatches:
     Args:
         groups: of each scene, as `Splits.twins`.
         nouns: of each scene, as `Scene.nouns`.
-        batch_size: scenes a batch; the rest of an epoch is dropped.
-        seed: decides the order together with the epoch.
-        sharing: whether scenes that share one thing shall meet in the batch of a step (counted from 0). Those
-            batches are cut from an order of their own: an epoch with both kinds leaves some scenes out and
-            shows some twice.
+        batch_size: scenes in the batch of a step (counted from 0); what is left of an epoch is dropped.
+        seed: decides the orders.
+        sharing: whether scenes that share one thing shall meet in the batch of a step. Those batches are cut
+            from an order of their own: an epoch with both kinds leaves some scenes out and shows some twice.
     """
 
     def __init__(
         self,
         groups: Sequence[int],
         nouns: Sequence[tuple[str, ...]],
-        batch_size: int,
+        batch_size: Callable[[int], int],
         seed: int = 0,
         sharing: Callable[[int], bool] = lambda step: False,
     ) -> None:
-        if not 1 <= batch_size <= len(groups):
-            raise ValueError(
-                f"batch_size: expected 1 to {len(groups)} (the scenes there are), got {batch_size}"
-            )
-        self.batch_size, self.seed, self.sharing, self.epoch = batch_size, seed, sharing, 0
+        self.batch_size, self.seed, self.sharing = batch_size, seed, sharing
         members: dict[int, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
@@ -74,22 +71,28 @@ class TwinBatches:
         self.nouns = [nouns[group[0]] for group in self.groups]
         self.total = len(groups)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.total // self.batch_size
-
     def __iter__(self) -> Iterator[list[int]]:
-        rng = random.Random(f"{self.seed} {self.epoch}")
+        orders, begin, epochs = self._orders(0), 0, 1
+        for step in itertools.count():
+            size = self.batch_size(step)
+            if not 1 <= size <= self.total:
+                raise ValueError(
+                    f"batch_size: expected 1 to {self.total} scenes (all of them) at step {step}, got {size}"
+                )
+            if begin + size > self.total:
+                orders, begin, epochs = self._orders(epochs), 0, epochs + 1
+            yield orders[self.sharing(step)][begin : begin + size]
+            begin += size
+
+    def _orders(self, epoch: int) -> tuple[list[int], list[int]]:
+        """All indices in an order in which twins meet, and in one in which scenes that share a thing do."""
+        rng = random.Random(f"{self.seed} {epoch}")
         shuffled = rng.sample(range(len(self.groups)), len(self.groups))
-        orders = [
+        twins, shared = (
             [index for group in groups for index in self.groups[group]]
             for groups in (shuffled, self._walk(shuffled, rng))
-        ]
-        for batch in range(len(self)):
-            order = orders[self.sharing(self.epoch * len(self) + batch)]
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        )
+        return twins, shared
 
     def _walk(self, groups: list[int], rng: random.Random) -> list[int]:
         """The groups in an order in which, where possible, each shares a thing with the one before."""

@@ -15,7 +15,7 @@ import copy
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -188,16 +188,16 @@ def _stages(plan: recipe.Recipe, seed: int, cache: Path, progress: bool) -> Iter
     start.get_parameter(recipe.WORDS).requires_grad_(False)
     models = copies(start)
     nouns = [scene.nouns for scene in splits.train]
-    sampler: Any = TwinBatches(splits.twins, nouns, BATCH, seed)
-    batches = told_batches(dataset, sampler, Stage1Collate(tokenizer), seed, device)
+    twins = TwinBatches(splits.twins, nouns, lambda step: BATCH, seed)
+    batches = told_batches(dataset, twins, Stage1Collate(tokenizer), seed, device)
     yield Stage("stage 1", models, batches, recipe.stage1_rates(plan))
 
     language_model, tokenizer = assets.load_language_model(cache, torch.float32)
     stage1 = models[PLAIN].eval()
     del models, start
     start = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model.to(device))
-    sampler = ShuffledBatches(len(dataset), BATCH, seed=seed)
-    batches = told_batches(dataset, sampler, Stage2Collate(tokenizer), seed, device)
+    shuffled = epoch_after_epoch(ShuffledBatches(len(dataset), BATCH, seed=seed))
+    batches = told_batches(dataset, shuffled, Stage2Collate(tokenizer), seed, device)
     yield Stage("stage 2", copies(start, language_model), batches, STAGE2_RATES)
 
 
@@ -241,16 +241,21 @@ def _next_token_loss(logits: Tensor, labels: Tensor, vocab_size: int, **unused: 
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def told_batches(
-    dataset: SceneDataset, sampler: Any, collate: Any, seed: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The batches of a training from this seed, epoch after epoch."""
-    random.seed(seed)  # of the side that a caption is told from
+def epoch_after_epoch(batches: ShuffledBatches) -> Iterator[list[int]]:
+    """The indices of all batches, without an end."""
     for epoch in itertools.count():
-        sampler.set_epoch(epoch)
-        for indices in sampler:
-            batch = collate([dataset[index] for index in indices])
-            yield {name: value.to(device) for name, value in batch.items()}
+        batches.set_epoch(epoch)
+        yield from batches
+
+
+def told_batches(
+    dataset: SceneDataset, indices: Iterable[list[int]], collate: Any, seed: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of a training from this seed."""
+    random.seed(seed)  # of the side that a caption is told from
+    for some in indices:
+        batch = collate([dataset[index] for index in some])
+        yield {name: value.to(device) for name, value in batch.items()}
 
 
 def curves_of(stage: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:

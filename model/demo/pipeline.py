@@ -131,6 +131,7 @@ def run(
         collate,
         plan,
         steps=plan.stage2_steps,
+        batch_size=plan.stage2_batch_size,
         output_dir=output / "stage2",
         description="stage 2",
         **common,
@@ -144,6 +145,7 @@ def run(
         blind_collate,
         plan,
         steps=plan.prompt_only_steps,
+        batch_size=plan.prompt_only_batch_size,
         description="no-image baseline",
         **common,
     ).history

@@ -37,7 +37,9 @@ class Recipe:
         stage1_warmup_steps: of the learning rate. A short warm-up teaches the things at once, and then often
             never which of them lies where.
         stage2_steps, prompt_only_steps: of the captioner and of its baseline without images.
-        stage1_batch_size, stage2_batch_size: scenes a step.
+        contrast_batch_size, stage1_batch_size, stage2_batch_size: scenes a step, while ITC is alone, in the
+            rest of stage 1 and in stage 2.
+        prompt_only_batch_size: the same for the baseline, which learns what captions are like in small steps.
         stage1_learning_rate, stage2_learning_rate: peaks.
         stage2_qformer_rate: what the Q-Former learns at in stage 2, as a share of the projection's.
         stage2_warmup_steps: of the learning rate, and at most half of the steps.
@@ -50,12 +52,14 @@ class Recipe:
     held_out: int = 160
     num_query_tokens: int = 16
     contrast_steps: int = 300
-    stage1_steps: int = 720
+    stage1_steps: int = 1100
     stage1_warmup_steps: int = 100
-    stage2_steps: int = 540
-    prompt_only_steps: int = 40
-    stage1_batch_size: int = 32
-    stage2_batch_size: int = 16
+    stage2_steps: int = 700
+    prompt_only_steps: int = 120
+    contrast_batch_size: int = 32
+    stage1_batch_size: int = 16
+    stage2_batch_size: int = 8
+    prompt_only_batch_size: int = 4
     stage1_learning_rate: float = 2e-4
     stage2_learning_rate: float = 1e-3
     stage2_qformer_rate: float = 0.1
@@ -197,12 +201,16 @@ def train_stage1(
     """
     dataset, collate = SceneDataset(features, scenes), Stage1Collate(tokenizer)
     steps, nouns = ContrastFirst(recipe.contrast_steps), [scene.nouns for scene in scenes]
+
+    def batch_size(step: int) -> int:
+        return recipe.contrast_batch_size if steps.alone else recipe.stage1_batch_size
+
     model.get_parameter(WORDS).requires_grad_(False)
     return train(
         model,
         dataset,
         collate=collate,
-        batch_sampler=TwinBatches(twins, nouns, recipe.stage1_batch_size, seed, steps.hardens),
+        batch_sampler=TwinBatches(twins, nouns, batch_size, seed, steps.hardens),
         max_steps=recipe.stage1_steps,
         **stage1_rates(recipe),
         schedule=hold_then_fall,
@@ -223,6 +231,7 @@ def train_stage2(
     recipe: Recipe,
     *,
     steps: int,
+    batch_size: int,
     output_dir: Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -237,7 +246,7 @@ def train_stage2(
         model,
         SceneDataset(features, scenes),
         collate=collate,
-        batch_size=recipe.stage2_batch_size,
+        batch_size=batch_size,
         max_steps=steps,
         **rates,
         schedule=hold_then_fall,

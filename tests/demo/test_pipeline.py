@@ -91,7 +91,8 @@ def tiny(monkeypatch):
         stage1_warmup_steps=1,
         stage2_steps=2,
         prompt_only_steps=1,
-        stage1_batch_size=8,
+        contrast_batch_size=8,
+        stage1_batch_size=6,
         stage2_batch_size=4,
     )
     monkeypatch.setattr(recipe, "QUICK", plan)
@@ -270,11 +271,19 @@ def test_the_stage1_model_of_a_run_is_read_back(tmp_path):
     model, tokenizer = assets.load_stage1(4, seed=3), assets.load_text_tokenizer()
     features = torch.randn(len(splits.train), 9, 1280)
     plan = dataclasses.replace(
-        recipe.QUICK, contrast_steps=1, stage1_steps=3, stage1_warmup_steps=1, stage1_batch_size=4
+        recipe.QUICK,
+        contrast_steps=1,
+        stage1_steps=4,
+        stage1_warmup_steps=1,
+        contrast_batch_size=6,
+        stage1_batch_size=4,
     )
+    sizes = []
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(output.sim_i2t)))
     recipe.train_stage1(
         model, features, splits.train, splits.twins, tokenizer, plan, output_dir=tmp_path, progress=False
     )
+    assert sizes[0] == 6 and sizes[-2:] == [4, 4]  # what comes next is drawn before a step ends
     again = pipeline.load_stage1_checkpoint(latest_checkpoint(tmp_path))
     assert not again.training
     for name, value in model.state_dict().items():

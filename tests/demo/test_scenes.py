@@ -165,24 +165,27 @@ def test_refusals():
         make_splits(0, relations_a_pair=5)
     with pytest.raises(ValueError, match=r"expected pairs \+ 2·held_out <= 4950"):
         make_splits(0, pairs=4900)
-    with pytest.raises(ValueError, match="batch_size: expected 1 to 3"):
-        TwinBatches([0, 0, 1], [("cat",), ("cat",), ("dog",)], 4)
+    for size in (0, 4):
+        batches = TwinBatches([0, 0, 1], [("cat",), ("cat",), ("dog",)], lambda step, size=size: size)
+        with pytest.raises(ValueError, match=f"batch_size: expected 1 to 3 .* at step 0, got {size}"):
+            next(iter(batches))
 
 
 def test_twins_meet_in_batches_and_epochs_differ(splits):
-    batches = TwinBatches(splits.twins, [scene.nouns for scene in splits.train], 64, seed=5)
-    epoch = list(batches)
-    assert len(epoch) == len(batches) == 3000 // 64
-    seen = [index for batch in epoch for index in batch]
-    assert len(set(seen)) == len(seen)
+    batches = TwinBatches(splits.twins, [scene.nouns for scene in splits.train], lambda step: 64, seed=5)
+    each = 3000 // 64
+    some = list(itertools.islice(batches, 2 * each))
+    epoch, following = some[:each], some[each:]
+    for part in (epoch, following):
+        seen = [index for batch in part for index in batch]
+        assert len(set(seen)) == len(seen) == 64 * each
     split_up = 0
     for batch in epoch:
         groups = [splits.twins[index] for index in batch]
         split_up += sum(groups.count(g) == 1 and splits.twins.count(g) == 2 for g in groups)
     assert split_up <= 2 * len(epoch)  # only a group at the edge of a batch is cut in two
-    assert list(batches) == epoch
-    batches.set_epoch(1)
-    assert list(batches) != epoch
+    assert list(itertools.islice(batches, 2 * each)) == some
+    assert following != epoch
 
 
 def test_scenes_that_share_a_thing_meet_in_the_batches_for_which_that_is_asked(splits):
@@ -193,15 +196,22 @@ def test_scenes_that_share_a_thing_meet_in_the_batches_for_which_that_is_asked(s
         asked.append(step)
         return step % 2 == 0
 
-    batches = TwinBatches(splits.twins, told, 64, seed=5, sharing=sharing)
-    each, before = len(batches), TwinBatches(splits.twins, told, 64, seed=5)
-    for epoch in (0, 1):
-        batches.set_epoch(epoch)
-        before.set_epoch(epoch)
-        for step, (batch, usual) in enumerate(zip(batches, before, strict=True), epoch * each):
-            assert len(set(batch)) == 64
-            assert (batch == usual) == bool(step % 2)
-            changes = [(a, b) for a, b in pairwise(batch) if splits.twins[a] != splits.twins[b]]
-            share = sum(bool(nouns[a] & nouns[b]) for a, b in changes) / len(changes)
-            assert share < 0.2 if step % 2 else share > 0.7
-    assert asked == list(range(2 * each))
+    batches = TwinBatches(splits.twins, told, lambda step: 64, seed=5, sharing=sharing)
+    before, two_epochs = TwinBatches(splits.twins, told, lambda step: 64, seed=5), 2 * (3000 // 64)
+    for step, batch, usual in zip(range(two_epochs), batches, before, strict=False):
+        assert len(set(batch)) == 64
+        assert (batch == usual) == bool(step % 2)
+        changes = [(a, b) for a, b in pairwise(batch) if splits.twins[a] != splits.twins[b]]
+        share = sum(bool(nouns[a] & nouns[b]) for a, b in changes) / len(changes)
+        assert share < 0.2 if step % 2 else share > 0.7
+    assert asked == list(range(two_epochs))
+
+
+def test_batches_may_change_their_size_within_an_epoch(splits):
+    told = [scene.nouns for scene in splits.train]
+    whole = iter(TwinBatches(splits.twins, told, lambda step: 3000, seed=5))
+    epoch, following = next(whole), next(whole)
+    sizes = [64, 1000, 1000, 800, 1, 135]
+    batches = iter(TwinBatches(splits.twins, told, lambda step: ([*sizes, 64] * 2)[step], seed=5))
+    assert [index for _ in sizes for index in next(batches)] == epoch
+    assert next(batches) == following[:64]

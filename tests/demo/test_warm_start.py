@@ -50,6 +50,27 @@ def test_an_image_token_is_read_as_the_words_for_what_it_shows(pictures):
 
 
 @torch.no_grad()
+def test_text_reads_the_queries_about_as_it_reads_text(pictures):
+    """Where the means of their states differ, a query gets a tenth of what a text token gets."""
+    features, _ = pictures
+    model, tokenizer = assets.load_stage1(4).eval(), assets.load_text_tokenizer()
+    warm_start.start_in_words(model, features, CAPTIONS, tokenizer)
+    told = tokenizer(CAPTIONS[:16], return_tensors="pt", padding=True)
+    mask = told["attention_mask"].bool()
+    rows = torch.cat([model.query_tokens.expand(16, -1, -1), model.embeddings(told["input_ids"])], 1)
+    attentions = model.qformer(
+        rows,
+        F.pad(mask.long(), (4, 0), value=1),
+        encoder_hidden_states=model.ln_vision(features[:16]),
+        query_length=4,
+        output_attentions=True,
+    ).attentions
+    for layer in attentions:
+        paid = layer[:, :, 4:, :4].sum(-1).transpose(1, 2)[mask].mean().item()
+        assert paid / 4 > 0.3 * (1 - paid) / mask.sum(1).double().mean().item()
+
+
+@torch.no_grad()
 def test_the_soft_prompt_starts_as_words_for_the_cell_and_its_place(pictures):
     from transformers import LlamaConfig, LlamaForCausalLM
 
