@@ -19,11 +19,11 @@ LEFT_BEHIND = shutil.ignore_patterns(
 )
 
 
-def run(*command: object, cwd: Path, check: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=clean_environment(**changes),
+        env=clean_environment(),
         capture_output=True,
         text=True,
     )
@@ -54,10 +54,10 @@ class Environment:
         )
         script.chmod(0o755)
 
-    def pip_install(self, *arguments: object, cwd: Path, **changes: str) -> None:
+    def pip_install(self, *arguments: object, cwd: Path) -> None:
         # --ignore-installed: pip must not take the environment behind the .pth file for its own.
         pip = (sys.executable, "-m", "pip", "--python", self.python, "install", "-q")
-        run(*pip, "--no-deps", "--ignore-installed", *arguments, cwd=cwd, **changes)
+        run(*pip, "--no-deps", "--ignore-installed", *arguments, cwd=cwd)
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def test_the_wheel_brings_its_operators(checkout, environment, tmp_path, pytestc
         assert done.stdout.split() == expected, done.stdout
 
 
-def test_editable_install_follows_the_checkout(checkout, environment, tmp_path):
-    without_operators = {"BLIP2_KERNELS_BUILD": "0"}  # they are the wheel's test
-    environment.pip_install("--no-build-isolation", "-e", ".", cwd=checkout, **without_operators)
+def test_editable_install_follows_the_checkout(checkout, environment, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLIP2_KERNELS_BUILD", "0")  # the operators are the wheel's test
+    environment.pip_install("--no-build-isolation", "-e", ".", cwd=checkout)
     (checkout / "model" / "newcomer.py").write_text("ANSWER = 42\n")
     script = "import blip2_kernels.model.newcomer as n, blip2_kernels.ops; print(n.ANSWER, n.__file__)"
     done = run(environment.python, "-c", script, cwd=tmp_path)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ..generation import Blip2ForConditionalGeneration
 from ..pretraining import Blip2ForPreTraining
 from ..vision import sine_positions_2d
+from .evaluation import Texts
 from .ridge import Ridge, fit_ridge
 
 RELATIVE_PENALTY = 0.02
@@ -80,7 +81,7 @@ def start_in_words(
     embedding of its caption's words, centred and scaled to the norm of a hidden state. The map is linear, so
     it serves each image token as well as their mean: a token shows the words of what it sees.
 
-    What text attends to is words too: queries start with the mean state of text tokens (`_mean_of_text`).
+    What text attends to is words too: queries start with the mean state of text tokens (`_resemble_text`).
 
     Args:
         model: text embeddings pretrained.
@@ -91,11 +92,27 @@ def start_in_words(
     words = model.embeddings.word_embeddings.weight
     seen = torch.cat([model.ln_vision(part.to(words)).mean(1) for part in features.split(256)])
     ridge = _fit(seen, _mean_words(words, tokenizer(list(captions))))
-    scale = _scale(ridge, model.ln_vision(features[:SOME].to(words)), model.config.qformer.hidden_size**0.5)
+    some = model.ln_vision(features[:SOME].to(words))
+    scale = _scale(ridge, some, model.config.qformer.hidden_size**0.5)
     for attention in _cross_attentions(model):
         _become(attention.attention.value, ridge, scale)
         attention.output.dense.weight.copy_(torch.eye(model.config.qformer.hidden_size))
-    _mean_of_text(model, features[:SOME], tokenizer(list(captions[:SOME]), padding=True, return_tensors="pt"))
+    _resemble_text(model, some, Texts.of(captions[:SOME], tokenizer, words.device))
+
+
+def _resemble_text(model: Blip2ForPreTraining, seen: Tensor, texts: Texts) -> None:
+    """Let the queries' states behind every layer have the mean that those of text tokens have.
+
+    The heads come from a text encoder and look at what resembles text. Without this, text tokens pay the
+    queries a tenth of their attention at first; the contrast, in which they do not meet, may leave it so, and
+    then neither matching nor generation learns from them.
+    """
+    text, mask = model.embeddings(texts.input_ids), texts.attention_mask
+    read = model.qformer(text, mask, query_length=0, output_hidden_states=True).hidden_states
+    queries = model.query_tokens.expand(len(seen), -1, -1)
+    for index, layer in enumerate(model.qformer.encoder.layer, 1):
+        states = model.qformer(queries, encoder_hidden_states=seen, output_hidden_states=True).hidden_states
+        layer.output_query.LayerNorm.bias += read[index][mask.bool()].mean(0) - states[index].mean((0, 1))
 
 
 @torch.no_grad()
@@ -136,22 +153,6 @@ def start_projection(
 
 
 # ------------------------------------------------------------------------------------------------ in common
-
-
-def _mean_of_text(model: Blip2ForPreTraining, features: Tensor, texts: Any) -> None:
-    """Let the queries' states behind every layer have the mean that those of text tokens have.
-
-    The heads come from a text encoder and look at what resembles text. Without this, text tokens pay the
-    queries a tenth of their attention at first; the contrast, in which they do not meet, may leave it so, and
-    then neither matching nor generation learns from them.
-    """
-    seen, mask = model.ln_vision(features.to(model.query_tokens)), texts["attention_mask"].bool()
-    text = model.embeddings(texts["input_ids"])
-    read = model.qformer(text, mask.long(), query_length=0, output_hidden_states=True).hidden_states
-    queries = model.query_tokens.expand(len(seen), -1, -1)
-    for index, layer in enumerate(model.qformer.encoder.layer, 1):
-        states = model.qformer(queries, encoder_hidden_states=seen, output_hidden_states=True).hidden_states
-        layer.output_query.LayerNorm.bias += read[index][mask].mean(0) - states[index].mean((0, 1))
 
 
 def _cross_attentions(model: Blip2ForPreTraining) -> Iterator[nn.Module]:

@@ -49,19 +49,20 @@ def test_an_image_token_is_read_as_the_words_for_what_it_shows(pictures):
     assert norms.min() > 0.5 * 384**0.5  # a token that shows something speaks at least as loud as a word does
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
-def test_text_reads_the_queries_about_as_it_reads_text(pictures):
+def test_text_reads_the_queries_about_as_it_reads_text(pictures, device):
     """Where the means of their states differ, a query gets a tenth of what a text token gets."""
     features, _ = pictures
-    model, tokenizer = assets.load_stage1(4).eval(), assets.load_text_tokenizer()
+    model, tokenizer = assets.load_stage1(4).eval().to(device), assets.load_text_tokenizer()
     warm_start.start_in_words(model, features, CAPTIONS, tokenizer)
-    told = tokenizer(CAPTIONS[:16], return_tensors="pt", padding=True)
+    told = tokenizer(CAPTIONS[:16], return_tensors="pt", padding=True).to(device)
     mask = told["attention_mask"].bool()
     rows = torch.cat([model.query_tokens.expand(16, -1, -1), model.embeddings(told["input_ids"])], 1)
     attentions = model.qformer(
         rows,
         F.pad(mask.long(), (4, 0), value=1),
-        encoder_hidden_states=model.ln_vision(features[:16]),
+        encoder_hidden_states=model.ln_vision(features[:16].to(device)),
         query_length=4,
         output_attentions=True,
     ).attentions
