@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from generation_cases import PROMPT_LENGTHS, TEXTS, features, pad, stage2
 from pretraining_cases import BOTH_PATHS, small_batch, small_model, some_negatives
-from test_generation import PROMPT_LENGTHS, TEXTS, features, pad, stage2
 from test_memory import saved_bytes
 from test_savings import assert_same_step, step
 from transformers import Trainer, TrainingArguments
