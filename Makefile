@@ -24,14 +24,16 @@ CXX_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/harness/*.h tests/h
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.txt $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-kernels mutants bench gpu-report kernels-hub lint format clean FORCE
+.PHONY: help demo test test-compiled test-quick test-kernels mutants bench gpu-report kernels-hub lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        train BLIP-2 on real pictures in two stages, write runs/demo (about 12 minutes"
 	@echo "                 on 2 fast cores; make demo ARGS=--quick is a short version)"
-	@echo "make test        every test, on the CPU and on a GPU where torch sees one; what only compiles,"
-	@echo "                 for one kind of GPU"
+	@echo "make test        unit and parity tests, on the CPU and on a GPU where torch sees one (15 minutes on"
+	@echo "                 2 fast cores)"
+	@echo "make test-compiled  what waits for a compiler: kernels for one kind of GPU within their budget, the"
+	@echo "                 operators under sanitizers and for each kind of CPU, the wheel (5 minutes more)"
 	@echo "make test-quick  the tests that take seconds"
 	@echo "make test-kernels  2,000 random cases of each attention kernel, in Triton's interpreter where there is"
 	@echo "                 no GPU (about half an hour), then compilations for every kind of GPU and"
@@ -53,8 +55,12 @@ demo: $(VENV)/.installed-demo
 	@$(BIN)/blip2-kernels demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@echo "== test: all tests, $(JOBS) processes"
-	@$(PYTEST) $(ARGS)
+	@echo "== test: all tests but for those that wait for a compiler, $(JOBS) processes"
+	@$(PYTEST) -m "not compiles" $(ARGS)
+
+test-compiled: $(VENV)/.installed-dev
+	@echo "== test-compiled: the tests that wait for a compiler, $(JOBS) processes"
+	@$(PYTEST) -m compiles $(ARGS)
 
 test-quick: $(VENV)/.installed-dev
 	@echo "== test-quick: without the tests marked slow, $(JOBS) processes"

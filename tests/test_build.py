@@ -148,6 +148,7 @@ def test_a_build_that_fails_does_not_stop_the_installation(tmp_path):
         assert said in done.stderr
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_a_static_cxx_runtime_tells_errors_whole(tmp_path):
     """Compilers without a shared C++ runtime link theirs in silently; torch brings another one."""

@@ -112,6 +112,7 @@ def test_installed_package_serves_the_benchmarks_of_a_checkout(checkout, environ
         assert " passed" in done.stdout and "failed" not in done.stdout and "skipped" not in done.stdout
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler (c++, g++)")
 def test_the_wheel_brings_its_operators(checkout, environment, tmp_path, pytestconfig):
     """It passes their tests in a fresh environment, and works with another torch, that of --other-python."""

@@ -18,6 +18,7 @@ from operator_checks import check_embed, check_gelu, check_norm
 from processes import clean_environment, made_once
 
 pytestmark = [
+    pytest.mark.compiles,
     pytest.mark.slow,
     pytest.mark.skipif(host_build.COMPILER is None, reason="no C++ compiler (c++, g++)"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="its instruction sets are tested here"),

@@ -32,6 +32,7 @@ def test_what_is_worse_is_named():
     assert cuda_budget.problems("k", good, None)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.skipif(
     cuda_budget.nvcc() is None or cuda_budget.cuobjdump() is None, reason="no nvcc or no cuobjdump"

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from harness import host_build
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.compiles, pytest.mark.slow]
 
 BARRIER = "memory[threadIdx.x / kWarp][i] = values[i];\n    __syncthreads();\n"
 OVERRUN = "if (octet * kLanes + lane < width) data[lane] = from_float<T>(given.value[lane]);"
