@@ -13,7 +13,7 @@ from blip2_models import (
     Replay,
     by_torchs_library,
     compiled,
-    compiled_modes,
+    compiled_peers,
     compulsory_bytes,
     image_features,
     in_inference,
@@ -134,13 +134,7 @@ def queries(
             calls = [in_inference(read, single, features, torch.float32) for features in sets]
             peers[f"{THEIRS}, eager, fp32"] = Peer(calls, captured=True)
     else:
-        for mode, options in compiled_modes(setting).items():
-            name = f"{THEIRS}, sdpa, {mode}"
-            if isinstance(options, str):
-                peers[name] = options
-            else:
-                calls = [compiled(partial(read, sdpa), sets[0], fullgraph=True, **options)]
-                peers[name] = Peer(calls, captured=not options, host=True, counted=False)
+        peers |= compiled_peers(setting, f"{THEIRS}, sdpa", partial(read, sdpa), sets[0])
         reason = setting.without_compiler()
         absent = missing("torch_tensorrt") or (None if cuda else "it needs a GPU")
         for name, why, model, options in (
@@ -213,7 +207,9 @@ CASES = {
     "queries-text-1x257": spec(partial(queries, 1, 257, text=True), SHORT, FULL),
     "queries-text-8x257": spec(partial(queries, 8, 257, text=True), NAMED, SHORT),
     "queries-text-64x257": spec(partial(queries, 64, 257, text=True), NAMED, SHORT),
+    "queries-text-512x257": spec(partial(queries, 512, 257, text=True), NAMED, FULL),
     "queries-2x257-bf16": spec(partial(queries, 2, 257, dtype=torch.bfloat16, fp32=True), FULL, NAMED),
     "queries-1x257-compiled": spec(partial(queries, 1, 257, compiles=True), FULL, SHORT, True),
+    "queries-8x257-compiled": spec(partial(queries, 8, 257, compiles=True), NAMED, FULL, True),
     "queries-64x257-compiled": spec(partial(queries, 64, 257, compiles=True), NAMED, SHORT, True),
 }

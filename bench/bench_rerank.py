@@ -9,8 +9,7 @@ import torch
 from blip2_models import (
     Replay,
     by_torchs_library,
-    compiled,
-    compiled_modes,
+    compiled_peers,
     compulsory_bytes,
     image_features,
     in_inference,
@@ -76,13 +75,7 @@ def rerank(samples: int, setting: Setting, *, compiles: bool = False) -> Case:
         library = Peer([by_torchs_library(in_inference(score, model, True, text))])
         peers["ours, torch's library"] = "it is for a CPU" if cuda else library
     else:
-        for mode, options in compiled_modes(setting).items():
-            name = f"published, sdpa, {mode}"
-            if isinstance(options, str):
-                peers[name] = options
-            else:
-                call = compiled(partial(repeat, published["sdpa"]), fullgraph=True, **options)
-                peers[name] = Peer([call], captured=not options, host=True, counted=False)
+        peers |= compiled_peers(setting, "published, sdpa", partial(repeat, published["sdpa"]))
 
     def truth() -> Result:
         return [plain(copy.deepcopy(model).to(torch.float64 if samples <= 64 else torch.float32))()]

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from blip2_models import by_torchs_library, compulsory_bytes, image_features, pretraining, texts
+from blip2_models import Compiled, by_torchs_library, compulsory_bytes, image_features, pretraining, texts
 from cases import FULL, NAMED, OURS, SHORT, Case, Peer, Result, Setting, Spec
 from measure import Call
 from published import Published
@@ -125,7 +125,7 @@ def stage1(
     }
     if compiles:
         reason = setting.without_compiler()
-        loss = of_published(torch.compile(published["sdpa"].step, dynamic=False, fullgraph=True))
+        loss = of_published(Compiled(published["sdpa"].step, fullgraph=True))
         # With dropout it is not compared: without, it would be another graph, and twice the time to compile.
         made = peer(loss, unchecked=dropout > 0, host=True, counted=False)
         peers["published, sdpa, compiled"] = reason or made
@@ -143,7 +143,7 @@ def stage1(
             if device == "cpu"
             else peer(of_model(True, static=True), host=True, **graphs),
             "ours, negatives drawn": peer(of_model(True, host_mask, given=False), unchecked=True),
-            "ours, torch's library": Peer([library], check(of_model(True)))
+            "ours, torch's library": Peer([library], by_torchs_library(check(of_model(True))))
             if device == "cpu" and not autocast
             else "it is for fp32 on a CPU",
         }

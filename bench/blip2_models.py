@@ -1,10 +1,11 @@
 """Models and inputs of the benchmarks: a BERT-base Q-Former, 32 queries, image width 1408, random weights."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from cases import Setting
+from cases import Peer, Setting
 from measure import Call, Captured
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, OPTConfig, OPTForCausalLM
@@ -108,9 +109,28 @@ def in_inference(call: Callable[..., Any], *args: Any) -> Call:
     return run
 
 
+class Compiled:
+    """A function that is compiled when first called: a compiler that cannot be had fails this peer alone.
+
+    Args:
+        options: of torch.compile; the backend "tensorrt" comes with a package of its own.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function, self.options = function, options
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            if self.options.get("backend") == "tensorrt":
+                importlib.import_module("torch_tensorrt")
+            self.compiled = torch.compile(self.function, dynamic=False, **self.options)
+        return self.compiled(*args)
+
+
 def compiled(call: Callable[..., Any], *args: Any, **options: Any) -> Call:
     """A compiled call without gradients. In mode "reduce-overhead" its result is valid until the next one."""
-    made = torch.compile(call, dynamic=False, **options)
+    made = Compiled(call, **options)
 
     def run() -> Any:
         torch.compiler.cudagraph_mark_step_begin()
@@ -133,6 +153,20 @@ def compiled_modes(setting: Setting) -> Mapping[str, dict[str, str] | str]:
     if not setting.autotune:
         modes["max-autotune"] = "not asked for: --autotune"
     return dict.fromkeys(modes, reason) if reason else modes
+
+
+def compiled_peers(
+    setting: Setting, name: str, call: Callable[..., Any], *args: Any
+) -> dict[str, Peer | str]:
+    """The call in every mode of torch.compile, or reasons against it; in all but the first one it replays a
+    CUDA graph."""
+    peers: dict[str, Peer | str] = {}
+    for mode, options in compiled_modes(setting).items():
+        peers[f"{name}, {mode}"] = options
+        if not isinstance(options, str):
+            run, graph = compiled(call, *args, fullgraph=True, **options), bool(options)
+            peers[f"{name}, {mode}"] = Peer([run], captured=not graph, graph=graph, host=True, counted=False)
+    return peers
 
 
 def by_torchs_library(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,6 +93,8 @@ def pytest_configure(config):
             raise pytest.UsageError(f"{name}: expected more than 0, got {value}")
     if config.getoption("--again", False) and config.getoption("--results", None) is None:
         raise pytest.UsageError("--again: expected --results, whose rows are timed again")
+    if config.getoption("--tiny", False) and config.getoption("--results", None) == "":
+        raise pytest.UsageError("--tiny: expected --results=FOLDER, since these are no figures of the device")
     share = config.getoption("--share", "0/1")
     if not re.fullmatch(r"\d+/[1-9]\d*", share):
         raise pytest.UsageError(f"--share: expected I/N, such as 0/8, got {share}")
@@ -156,7 +158,7 @@ class House:
         self.resume = config.getoption("--resume") and not (profiles or again)
         self.runner = Runner(
             setting,
-            Results.at(path, self.resume or profiles or again),
+            Results.at(path),
             rounds=config.getoption("--rounds") or (41 if full and setting.device == "cpu" else 21),
             seconds=config.getoption("--seconds") or (10.0 if full else 3.0),
             budget=config.getoption("--budget"),
@@ -187,7 +189,11 @@ def timed(request, house, benchmark, case, peer) -> Callable[[], None]:
     """Call it: the rounds of this case and peer, told to pytest-benchmark, or why there are none."""
 
     def tell() -> None:
-        if house.resume and house.case != case and house.runner.results.has(case, house.revision):
+        if (
+            house.resume
+            and house.case != case
+            and house.runner.results.has(case, house.revision, house.wanted[case])
+        ):
             pytest.skip("measured before at this revision")
         row = house.row(case, request.module.CASES[case], peer)
         if house.runner.lost:

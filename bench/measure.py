@@ -7,7 +7,8 @@ Three times of a call on a GPU, all in milliseconds:
 - eager: what a loop of calls takes as it stands, launches and Python included; events around several calls.
 - host: until Python has the call's launches out, the GPU not waited for.
 
-A device time is cache-cold; with one set of inputs alone it is cache-warm. On a CPU there is one time, called
+A device time is cache-cold, where the sets of inputs together are larger than the cache (`cases.input_sets`);
+with one set of inputs alone it is cache-warm. On a CPU there is one time, called
 eager: the call's own.
 """
 

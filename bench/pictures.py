@@ -4,7 +4,7 @@ Blue is always ours, black the roofline; the others keep their colour and marker
 colours are Okabe and Ito's, told apart by everybody.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +34,7 @@ STYLE = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
 }
-MOST_PANELS, MOST_BARS = 6, 40
+BARS_A_COLUMN = 45
 
 
 def is_others(row: Row) -> bool:
@@ -109,18 +109,16 @@ def growth_picture(rows: Sequence[Row], axes_names: Sequence[str], look: Look, p
         if growth.peer == "ours" or not growth.peer.startswith("our"):
             by_label.setdefault((growth.label, growth.axis), []).append(growth)
     by_label = {key: lines for key, lines in by_label.items() if any(g.peer == "ours" for g in lines)}
-    chosen = sorted(by_label, key=lambda key: -len(by_label[key][0].sizes))[:MOST_PANELS]
-    if not chosen:
+    if not by_label:
         return None
-    chosen = [key for key in by_label if key in chosen]
-    columns = min(3, len(chosen))
-    lines = -(-len(chosen) // columns)
+    columns = min(3, len(by_label))
+    lines = -(-len(by_label) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(4.0 * columns, 3.1 * lines), squeeze=False)
-    for axes in grid.flat[len(chosen) :]:
+    for axes in grid.flat[len(by_label) :]:
         axes.set_visible(False)
-    for axes, key in zip(grid.flat, chosen, strict=False):
-        panel(axes, by_label[key], look)
-        axes.set_title(wrapped(key[0]))
+    for axes, ((label, _), its) in zip(grid.flat, by_label.items(), strict=False):
+        panel(axes, its, look)
+        axes.set_title(wrapped(label))
     for left in grid[:, 0]:
         left.set_ylabel("ms")
     handles: dict[str, object] = {}
@@ -140,21 +138,46 @@ def growth_picture(rows: Sequence[Row], axes_names: Sequence[str], look: Look, p
 
 
 def ratio_picture(rows: Sequence[Row], look: Look, path: Path, title: str) -> Path | None:
-    """Bars: how many times as long as ours the others take, with the interval of each."""
-    cases: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["ratio"] and is_others(row):
-            cases.setdefault(row["case"], []).append(row)
-    kept: dict[str, list[Row]] = {}
-    for name, its in cases.items():
-        if sum(map(len, kept.values())) + len(its) <= MOST_BARS:
-            kept[name] = its
-    if not kept:
+    """Bars: how many times as long as ours the others take, with the interval of each, in columns."""
+    cases = grouped([row for row in rows if row["ratio"] and is_others(row)], "case")
+    if not cases:
         return None
-    count = sum(map(len, kept.values()))
-    figure, axes = plt.subplots(figsize=(8.0, 0.9 + 0.2 * count + 0.18 * len(kept)))
+    columns = in_columns(cases)
+    heights = [sum(map(len, column)) + 0.9 * len(column) for column in columns]
+    shape = (1.5 + 6.5 * len(columns), 0.9 + 0.2 * max(heights))
+    figure, grid = plt.subplots(1, len(columns), figsize=shape, squeeze=False)
+    shown = [row["ratio"] for its in cases.values() for row in its]
+    left = 0.9 * min(1.0, *(ratio.get("low", 1.0) for ratio in shown))
+    right = 1.1 * max(2.0, *(ratio["median"] for ratio in shown))
+    for axes, column in zip(grid.flat, columns, strict=True):
+        ratio_bars(axes, column, look, max(heights))
+        axes.set_xscale("log")
+        numbers = [n for n in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if left <= n <= right]
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(numbers, [plain_number(n) for n in numbers])
+        axes.set_xlim(left, right * (right / left) ** 0.35)
+        axes.set_xlabel("times as long as ours (the blue line); logarithmic")
+    grid.flat[0].set_title(title)
+    figure.tight_layout(w_pad=1.5)
+    return saved(figure, path)
+
+
+def in_columns(cases: Mapping[str, Sequence[Row]]) -> list[list[Sequence[Row]]]:
+    """The cases one behind the other, in as few columns as `BARS_A_COLUMN` allows, about equally long."""
+    total = sum(map(len, cases.values()))
+    count = -(-total // BARS_A_COLUMN)
+    columns: list[list[Sequence[Row]]] = [[] for _ in range(count)]
+    before = 0
+    for its in cases.values():
+        columns[before * count // total].append(its)
+        before += len(its)
+    return [column for column in columns if column]
+
+
+def ratio_bars(axes: Axes, cases: Sequence[Sequence[Row]], look: Look, height: float) -> None:
+    """A column of bars, one for each peer of each case, from the top."""
     place, ticks = 0.0, {}
-    for name, its in kept.items():
+    for its in cases:
         start = place
         for row in sorted(its, key=lambda r: r["ratio"]["median"]):
             ratio, colour = row["ratio"], look.of[row["peer"]][0]
@@ -165,24 +188,13 @@ def ratio_picture(rows: Sequence[Row], look: Look, path: Path, title: str) -> Pa
             place_of = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(label, (max(high, 1), place), fontsize=7.5, **place_of)
             place += 1
-        ticks[name] = (start + place - 1) / 2
+        ticks[its[0]["case"]] = (start + place - 1) / 2
         place += 0.9
-    ends = [row["ratio"]["median"] for its in kept.values() for row in its]
-    lows = [row["ratio"].get("low", 1.0) for its in kept.values() for row in its]
-    left, right = 0.9 * min(1.0, *lows), 1.1 * max(2.0, *ends)
-    axes.set_xscale("log")
-    numbers = [n for n in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if left <= n <= right]
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(numbers, [plain_number(n) for n in numbers])
-    axes.set_xlim(left, right * (right / left) ** 0.35)
     axes.axvline(1, color=OURS_COLOUR, linewidth=1.8, zorder=4)
     axes.set_yticks(list(ticks.values()), list(ticks))
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place - 0.4, -0.9)
+    axes.set_ylim(height - 0.4, -0.9)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("times as long as ours (the blue line); logarithmic")
-    axes.set_title(title)
-    return saved(figure, path)
 
 
 def memory_picture(rows: Sequence[Row], look: Look, path: Path) -> Path | None:

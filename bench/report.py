@@ -170,7 +170,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         "call, ms",
         *(["host"] if cuda else []),
     ]
-    head += ["times ours", "of the roofline", "GFLOP", "peak MiB", *(["launches"] if cuda else []), "remark"]
+    head += ["times ours", "of the roofline", "GFLOP", "peak MiB"]
+    head += [*(["launches", "their sum, ms"] if cuda else []), "remark"]
     lines = [line(head), line(["---"] * len(head))]
     for row in shown:
         ratio, remark = "", row["failed"] or "; ".join(row["remarks"])
@@ -178,6 +179,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             ratio = f"{row['ratio']['median']:.2f}"
             if "low" in row["ratio"]:
                 ratio += f" [{row['ratio']['low']:.2f}, {row['ratio']['high']:.2f}]"
+            if cuda and row["ratio"].get("of") == "call":
+                ratio += " of calls"
         if row["share"] is not None:
             ratio = f"{100 * row['share']:.1f}% of the whole"
         device, warm, host = (row[kind] for kind in ("device_time", "warm", "host"))
@@ -187,7 +190,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         flops = None if row["flops"] is None else row["flops"] / 1e9
         cells = [row["case"], row["peer"], *([milliseconds(device), milliseconds(warm)] if cuda else [])]
         cells += [milliseconds(row["eager"]), *([milliseconds(host)] if cuda else []), ratio, share]
-        cells += [number(flops), number(row["peak_mib"]), *([number(row["launches"], "d")] if cuda else [])]
+        cells += [number(flops), number(row["peak_mib"])]
+        cells += [number(row["launches"], "d"), number(row.get("kernel_ms"), ".4g")] if cuda else []
         lines.append(line([*cells, remark.replace("|", "/")]))
     return lines
 
@@ -273,7 +277,6 @@ def write(folder: Path, sections: Mapping[str, Sequence[str]] | None = None) -> 
             made = [path.name for path in pictures.draw_all(rows, folder)]
         except ImportError as error:
             print(f"no pictures: {error}", file=sys.stderr)
-    made = made or sorted(path.name for path in folder.glob("*.png"))
     (folder / REPORT).write_text(report(rows, folder.name, sections or {}, made))
     return folder / REPORT
 

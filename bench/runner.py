@@ -5,7 +5,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import measure
 import torch
 from cases import Case, Peer, Result, Setting, Spec
 from measure import Timing, said
-from report import time_of
+from report import read_rows, time_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_kernels.ops.flops import FORMULAS
@@ -28,6 +28,8 @@ process to process, and no round of one process shows it."""
 CPU_ROUND_MS = 10.0
 """A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 LOST = "lost the GPU"
+SPENT = "the budget"
+"""How the reasons begin why a case ended the use of the GPU, and why it did not begin."""
 
 
 def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     made |= {key: max(known[key], more[key]) for key in ("p80", "high") if key in more}
     if "rounds" in more:
         made["rounds"] = known["rounds"] + more["rounds"]
+    made |= {key: more[key] for key in ("of",) if key in more}
     return {**made, "each": each}
 
 
@@ -51,7 +54,8 @@ class Row:
         warm: the same, cache-warm.
         eager: of a call as it stands.
         host: until its launches are out.
-        ratio: time over that of ours, by rounds: median and interval [low, high].
+        ratio: time over that of ours, by rounds: median, interval [low, high], and what it is a ratio `of`:
+            "kernels" where both have a device time, else "call".
         share: of a part in the time of the whole.
         bytes, flops: that must be moved; that it computes, counted.
         floor_ms: what the device's measured copy and product leave as least time of the case.
@@ -203,23 +207,27 @@ class Results:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def at(cls, path: Path | None, resume: bool) -> "Results":
-        """Those of an earlier run where it is resumed, else none."""
-        if resume and path is not None and path.is_file():
-            return cls(path, json.loads(path.read_text())["rows"])
-        return cls(path)
+    def at(cls, path: Path | None) -> "Results":
+        """Those that earlier runs left; a run replaces the rows that it makes again and no others.
 
-    def has(self, case: str, revision: str) -> bool:
-        """Whether a case need not run again: it has figures of this revision and none of ours failed, or it
-        has ended the process's use of the GPU."""
+        Raises:
+            ValueError: the file holds something else.
+        """
+        return cls(path, read_rows(path) if path is not None and path.is_file() else [])
+
+    def has(self, case: str, revision: str, peers: Collection[str]) -> bool:
+        """Whether a case need not run again: its peers were run at this revision, one of them has figures and
+        none of ours failed; or it has ended the process's use of the GPU."""
         rows = [r for r in self.rows if r["case"] == case and r["about"].get("revision") == revision]
         failed = any(row["failed"] and row["peer"].startswith("ours") for row in rows)
         lost = any((row["failed"] or "").startswith(LOST) for row in rows)
-        return lost or (any(row["eager"] for row in rows) and not failed)
+        whole = {row["peer"] for row in rows} >= set(peers) and any(row["eager"] for row in rows)
+        return lost or (whole and not failed)
 
-    def keep(self, case: str, rows: Sequence[Row]) -> None:
-        """Take a case's rows, in place of older ones, and rewrite the file."""
-        self.rows = [row for row in self.rows if row["case"] != case] + [vars(row) for row in rows]
+    def keep(self, rows: Sequence[Row]) -> None:
+        """Take rows, each in place of an older one of its case and peer, and rewrite the file."""
+        kept = {(row["case"], row["peer"]): row for row in self.rows}
+        self.rows = list((kept | {(row.case, row.peer): vars(row) for row in rows}).values())
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             half = self.path.with_suffix(".part")
@@ -267,17 +275,13 @@ class Runner:
             return self._look_again(name, spec, rows, self._profile)
         if self.again:
             return self._look_again(name, spec, rows, self._time_again)
-        if not self.check_only:
-            for row in rows.values():
-                row.about = self.facts()
         if time.perf_counter() - self.begun > self.budget:
-            reason = f"the budget of {self.budget:.0f} s is spent"
-            for row in rows.values():
-                row.absent = reason
-            if not self.check_only:
-                self.results.keep(name, list(rows.values()))
-            return list(rows.values())
+            reason = f"{SPENT} of {self.budget:.0f} s is spent"
+            return [replace(row, absent=reason) for row in rows.values()]
         try:
+            if not self.check_only:
+                for row in rows.values():
+                    row.about = self.facts()
             torch.manual_seed(SEED)
             case = spec.build(self.setting)
             self._run(case, spec.ours, rows)
@@ -288,7 +292,7 @@ class Runner:
             case = None
             self._clear(rows)
         if not self.check_only:
-            self.results.keep(name, list(rows.values()))
+            self.results.keep(list(rows.values()))
         return list(rows.values())
 
     def _clear(self, rows: Mapping[str, Row]) -> None:
@@ -330,7 +334,7 @@ class Runner:
             reason = (kept[peer].absent or kept[peer].failed) if peer in kept else None
             row.absent = reason or f"no figures of revision {revision} are kept"
         if known:
-            self.results.keep(name, list((rows | kept).values()))
+            self.results.keep(list((rows | kept).values()))
         self._clear(known)
         return [known.get(peer, row) for peer, row in rows.items()]
 
@@ -407,32 +411,36 @@ class Runner:
         rounds = max(1, round(self.rounds * case.rounds))
         calls = {name: peer.calls for name, peer in running.items()}
         limits = {} if cuda else {"least_ms": CPU_ROUND_MS, "seconds": self.seconds}
+        of_calls: dict[str, Timing] = {}
         eager = measure.eager_times(calls, self.setting.device, rounds=rounds, **limits)
         for name, timing in eager.items():
             if isinstance(timing, str):
                 rows[name].failed = timing
             else:
-                rows[name].eager, self.timings[name] = timing.json(), timing
-        if cuda:
-            self._time_on_device(case, rows, rounds)
-        mine = self.timings.get(ours)
-        device = isinstance(rows[ours].device_time, dict) if ours in rows else False
-        for name, timing in self.timings.items():
-            same_kind = isinstance(rows[name].device_time, dict) == device
-            if mine is None or not same_kind or timing.rounds != mine.rounds:
+                rows[name].eager, of_calls[name] = timing.json(), timing
+        of_kernels = self._time_on_device(case, rows, rounds, of_calls) if cuda else {}
+        self.timings = of_calls | of_kernels
+        for name in of_calls:
+            both = of_kernels if {ours, name} <= of_kernels.keys() else of_calls
+            timing, mine = both[name], both.get(ours)
+            if mine is None or timing.rounds != mine.rounds:
                 continue
             if running[name].part:
                 rows[name].share = timing.median / mine.median
             else:
                 over = timing.over(mine)
                 low, high = 1 - INTERVAL_FLOOR, 1 + INTERVAL_FLOOR
-                interval = {
+                rows[name].ratio = {
+                    "median": over.median,
                     "low": min(over.p20, low * over.median),
                     "high": max(over.p80, high * over.median),
+                    "of": "kernels" if both is of_kernels else "call",
                 }
-                rows[name].ratio = {"median": over.median, **interval}
 
-    def _time_on_device(self, case: Case, rows: Mapping[str, Row], rounds: int) -> None:
+    def _time_on_device(
+        self, case: Case, rows: Mapping[str, Row], rounds: int, of_calls: Mapping[str, Timing]
+    ) -> dict[str, Timing]:
+        """The times of kernels, of the peers that have one: in a CUDA graph, or as calls that are one."""
         running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
         few = 5 if case.rounds == 1 else 1
         calls = {name: peer.calls for name, peer in running.items() if peer.host}
@@ -441,17 +449,18 @@ class Runner:
                 rows[name].host = timing.json()
         self.setting.empty_cache()
         calls = {name: peer.calls for name, peer in running.items() if peer.captured}
+        of_kernels = {name: of_calls[name] for name, peer in running.items() if peer.graph}
         for name, made in measure.device_times(calls, rounds=rounds).items():
-            rows[name].device_time = made if isinstance(made, str) else made.json()
             if isinstance(made, Timing):
-                self.timings[name] = made
-        for name, peer in running.items():
-            if peer.graph and rows[name].eager:
-                rows[name].device_time = rows[name].eager
-        cold = {name for name, row in rows.items() if isinstance(row.device_time, dict)}
-        once = {name: calls[name][:1] for name in calls if name in cold and len(calls[name]) > 1}
+                of_kernels[name] = made
+            else:
+                rows[name].device_time = made
+        for name, timing in of_kernels.items():
+            rows[name].device_time = timing.json()
+        once = {name: some[:1] for name, some in calls.items() if name in of_kernels and len(some) > 1}
         for name, made in measure.device_times(once, rounds=max(3, rounds // 4)).items():
             rows[name].warm = made.json() if isinstance(made, Timing) else None
+        return of_kernels
 
     def _count(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
         """FLOPs, memory, kernels, and what the roofline leaves of the time."""

@@ -42,8 +42,8 @@ def compiled_plainly(monkeypatch):
 
 TINY = {
     "bench_attention": [
-        *("self-queries-1", "self-itm-4-backward", "self-itg-4", "self-itc+itg-4-backward"),
-        *("cross-1x257", "cross-1x257-by-4-backward"),
+        *("self-queries-1", "self-queries-4", "self-itm-4-backward", "self-itg-4", "self-itc+itg-4"),
+        *("self-itc+itg-4-backward", "cross-1x257", "cross-2x257", "cross-1x257-by-4-backward"),
     ],
     "bench_latent_similarity": ["latent-1x257", "similarity-100x100-backward"],
     "bench_row_operators": ["add_layer_norm-1024-backward", "bias_gelu-1024", "embed_tokens-32"],
@@ -74,8 +74,10 @@ def test_every_peer_is_right(bench, compiled_plainly, module, case):
     assert spec.ours in there and len(there) > 1
     for row in rows:
         assert row.absent is None or row.agreement is None
-        if row.peer in ("compiled", "ours, compiled", "published, sdpa, compiled"):
-            assert row.agreement is not None, f"{row.peer} was not compared"
+        if row.peer in ("compiled", "ours, compiled", "published, sdpa, compiled", "flex, compiled"):
+            assert row.agreement is not None or row.absent, f"{row.peer} was not compared"
+    if case in ("self-queries-4", "self-itg-4", "self-itc+itg-4", "cross-2x257"):
+        assert "flex, compiled" in there
 
 
 def operators(call) -> set[str]:
@@ -209,7 +211,7 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
             return {name: bench.runner.Timing.of(milliseconds[name]) for name in calls}
 
         monkeypatch.setattr(bench.runner.measure, "eager_times", eager_times)
-        results = bench.runner.Results.at(path, resume=again)
+        results = bench.runner.Results.at(path)
         runner = bench.runner.Runner(bench.cases.Setting(tiny=True), results, again=again)
         rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
         return rows, {row["peer"]: row for row in bench.report.read_rows(path)}
@@ -283,10 +285,75 @@ def test_ctrl_c_leaves_the_finished_rows(bench, tmp_path):
         runner.run("second", interrupted, interrupted.peers)
     assert [row["case"] for row in bench.report.read_rows(path)] == ["first", "first"]
     assert list(tmp_path.iterdir()) == [path]
-    resumed = bench.runner.Results.at(path, resume=True)
-    revision = resumed.rows[0]["about"]["revision"]
-    assert resumed.has("first", revision) and not resumed.has("second", revision)
-    assert not resumed.has("first", "another") and bench.runner.Results.at(path, resume=False).rows == []
+    resumed = bench.runner.Results.at(path)
+    revision, peers = resumed.rows[0]["about"]["revision"], ["ours", "plain"]
+    assert resumed.has("first", revision, peers) and not resumed.has("second", revision, peers)
+    assert not resumed.has("first", "another", peers)
+    assert not resumed.has("first", revision, [*peers, "slow"]), "a peer that was left out has no figures"
+
+
+def test_a_run_replaces_what_it_measures_again_and_nothing_else(bench, tmp_path):
+    path = tmp_path / "results.json"
+
+    def run(case: str, peers: list[str], **options) -> list:
+        setting, results = bench.cases.Setting(tiny=True), bench.runner.Results.at(path)
+        return bench.runner.Runner(setting, results, rounds=2, **options).run(case, planted(bench), peers)
+
+    run("first", ["ours", "plain"])
+    run("second", ["ours", "plain"])
+    before = {(row["case"], row["peer"]): row for row in bench.report.read_rows(path)}
+    run("second", ["ours"])
+    late = run("first", ["ours", "plain"], budget=-1.0)
+    assert {row.absent for row in late} == {"the budget of -1 s is spent"}
+    after = {(row["case"], row["peer"]): row for row in bench.report.read_rows(path)}
+    assert after.keys() == before.keys() and after["second", "ours"] != before["second", "ours"]
+    assert all(after[key] == row for key, row in before.items() if key != ("second", "ours"))
+
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="expected an object with rows"):
+        bench.runner.Results.at(path)
+
+
+def test_a_compiler_that_cannot_be_had_fails_its_peer_alone(bench):
+    models = importlib.import_module("blip2_models")
+    spec = planted(bench, theirs=models.Compiled(lambda: None, backend="tensorrt"))
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(), rounds=2)
+    rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
+    assert rows["theirs"].failed == "ModuleNotFoundError: No module named 'torch_tensorrt'"
+    assert rows["ours"].runs and rows["plain"].ratio
+
+
+def test_a_ratio_is_of_kernels_where_both_have_them_and_of_calls_elsewhere(bench, monkeypatch):
+    """On a GPU some peers cannot be captured in a graph, and some calls are one."""
+    calls = {"ours": 4.0, "captured": 6.0, "loop": 8.0, "graph": 3.0}
+    kernels = {"ours": 1.0, "captured": 5.0}
+
+    def timings(milliseconds: dict[str, float]):
+        def times(peers, *args, **limits):
+            return {name: bench.runner.Timing.of([milliseconds[name]] * 5) for name in peers}
+
+        return times
+
+    monkeypatch.setattr(bench.runner.measure, "eager_times", timings(calls))
+    monkeypatch.setattr(bench.runner.measure, "host_times", timings(calls))
+    monkeypatch.setattr(bench.runner.measure, "device_times", timings(kernels))
+    peers = {name: bench.cases.Peer([print], captured=name in kernels) for name in calls}
+    peers["graph"] = dataclasses.replace(peers["graph"], graph=True)
+    rows = {name: bench.runner.Row("planted", "planted", name) for name in peers}
+    runner = bench.runner.Runner(bench.cases.Setting("cuda"), bench.runner.Results())
+    runner._time(bench.cases.Case(peers), "ours", rows)
+    found = {name: (row.ratio["median"], row.ratio["of"]) for name, row in rows.items()}
+    assert found == {
+        "ours": (1.0, "kernels"),
+        "captured": (5.0, "kernels"),
+        "loop": (2.0, "call"),
+        "graph": (3.0, "kernels"),
+    }
+    assert rows["loop"].device_time is None and rows["graph"].time["median"] == 3.0
+    uncaptured = {"loop": peers["loop"], "captured": peers["captured"]}
+    rows = {name: bench.runner.Row("planted", "planted", name) for name in uncaptured}
+    runner._time(bench.cases.Case(uncaptured), "loop", rows)
+    assert rows["captured"].ratio["median"] == 0.75 and rows["captured"].ratio["of"] == "call"
 
 
 PLANTED = """
@@ -341,6 +408,12 @@ def test_the_gates_of_pytest_bench(tmp_path):
         ({"--threads": -1}, "--threads: expected more than 0, got -1"),
         ({"--share": "8"}, "--share: expected I/N, such as 0/8, got 8"),
         ({"--again": True}, "--again: expected --results, whose rows are timed again"),
+        ({"--tiny": True, "--results": ""}, "--tiny: expected --results=FOLDER"),
+        pytest.param(
+            {"--device": "cuda"},
+            "--device=cuda: expected a CUDA device, torch sees none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(bench, given, expected):
@@ -414,10 +487,19 @@ def test_pictures_come_from_the_rows_alone_and_can_be_missing(bench, tmp_path, m
     assert {"ratios-models.png", "latency-over-batch-operators.png", "memory.png"} <= set(names)
     assert all((tmp_path / name).stat().st_size > 10_000 and f"({name})" in drawn for name in names)
 
-    for path in tmp_path.glob("*.png"):
-        path.unlink()
     monkeypatch.delitem(sys.modules, "pictures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plain = bench.report.write(tmp_path).read_text()
     assert "no pictures: import of matplotlib halted" in capsys.readouterr().err
-    assert plain.splitlines() and "![" not in plain and "| stage1-100x257 | ours |" in plain
+    assert "![" not in plain, "those of an earlier run show other rows"
+    assert plain.splitlines() and "| stage1-100x257 | ours |" in plain
+
+
+def test_pictures_of_ratios_leave_nothing_out(bench):
+    pictures = importlib.import_module("pictures")
+    rows = bench.report.read_rows(H200 / "results.json")
+    cases = bench.report.grouped([row for row in rows if row["ratio"] and pictures.is_others(row)], "case")
+    columns = pictures.in_columns(cases)
+    assert [its for column in columns for its in column] == list(cases.values()) and len(columns) > 1
+    lengths = [sum(map(len, column)) for column in columns]
+    assert max(lengths) <= 1.2 * pictures.BARS_A_COLUMN and min(lengths) >= 0.6 * max(lengths)
