@@ -362,7 +362,9 @@ def test_a_copy_has_an_encoder_of_its_own():
     twin = copy.deepcopy(model)
     assert twin.qformer.fused_encoder is not model.qformer.fused_encoder
     assert twin.qformer.fused_encoder.qformer is twin.qformer
-    assert torch.equal(twin(**inputs).loss, model(**inputs).loss)
+    assert not twin.qformer.fused_encoder.plan.forced, "what is forced belongs to the one it was forced on"
+    # So the two leave out different things, and round differently.
+    torch.testing.assert_close(twin(**inputs).loss, model(**inputs).loss, rtol=1e-13, atol=0)
 
 
 # ------------------------------------------------------------------------------------- checkpoints and shards
