@@ -125,6 +125,11 @@ def name_of_device(name: str, value: object) -> torch.device:
         raise ValueError(f"{name}: expected a torch.device or its name, got {value!r}") from error
 
 
+def home_of(weight: Tensor) -> torch.device | None:
+    """Where what meets a weight must live: with it; anywhere (None) while it waits elsewhere for its turn."""
+    return None if weight.is_meta else weight.device
+
+
 def check_device(name: str, value: Any) -> torch.device:
     """Check a device, such as "cpu" or "cuda:1", and that torch has it here.
 

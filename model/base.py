@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from blip2_kernels.checks import (
     check_binary,
-    check_bool,
     check_int,
     check_range,
     check_tensor,
     describe,
+    home_of,
     values_are_free,
 )
 from blip2_kernels.encoder import ImageKeyValues, Saving
@@ -26,7 +26,7 @@ from blip2_kernels.layout import MASK_DTYPES, MAX_ORDINALS, TokenLayout, padded_
 from blip2_kernels.mask import AttentionMask, MaskMode
 
 from .config import Blip2PreTrainingConfig
-from .gradient_checkpointing import CheckpointsQFormer
+from .image_reading import ReadsImages
 from .qformer import QFormerModel, TextEmbeddings
 from .qformer_init import copy_text_feed_forward_to_query, init_bert_weights
 from .qformer_text import FLOATING, TOKEN_IDS, check_text_length
@@ -62,7 +62,7 @@ class PreparedImages:
         return self.features.shape[0] if self.key_values is None else self.key_values.images
 
 
-class Blip2Base(CheckpointsQFormer, nn.Module):
+class Blip2Base(ReadsImages):
     """Q-Former with query tokens, text embeddings, image LayerNorm, contrastive projections and matching
     head.
 
@@ -74,13 +74,15 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
 
     Args:
         config: stage-1 configuration.
-        vision_model: image encoder that maps pixel values to features [B, N, encoder_hidden_size]; frozen,
-            always in eval mode. None where callers pass `image_features`.
+        vision_model: a `FrozenVisionEncoder`, or an image encoder (of transformers, timm or another) to make
+            one of: frozen, always in eval mode. None where callers pass `image_features`. If it brings a
+            trained `ln_vision` along, that is where this one starts.
         use_fused: run through the fused encoder; may be changed at any time.
 
     Raises:
         TypeError: a configuration of another kind, or a `vision_model` that is no module.
-        ValueError: the Q-Former's configuration has no text input.
+        ValueError: the Q-Former's configuration has no text input, or reads another width than the image
+            encoder's.
     """
 
     def __init__(
@@ -96,17 +98,13 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         qformer = config.qformer
         if not getattr(qformer, "use_qformer_text_input", False):
             raise ValueError("config: expected a qformer with use_qformer_text_input=True, got False")
-        if vision_model is not None and not isinstance(vision_model, nn.Module):
-            raise TypeError(f"vision_model: expected a torch.nn.Module or None, got {describe(vision_model)}")
         check_int("config.num_query_tokens", config.num_query_tokens, 1, MAX_ORDINALS)
         check_int("config.image_text_hidden_size", config.image_text_hidden_size, 1)
         self.config = config
-        self.vision_model = vision_model
-        if vision_model is not None:
-            vision_model.requires_grad_(False).eval()
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer.hidden_size))
         self.embeddings = TextEmbeddings(qformer)
         self.ln_vision = nn.LayerNorm(qformer.encoder_hidden_size)
+        self.attach_vision_model(vision_model)
         self.qformer = QFormerModel(qformer, use_fused=use_fused)
         self.vision_projection = nn.Linear(qformer.hidden_size, config.image_text_hidden_size)
         self.text_projection = nn.Linear(qformer.hidden_size, config.image_text_hidden_size)
@@ -116,57 +114,9 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
         copy_text_feed_forward_to_query(self.qformer)
 
     @property
-    def use_fused(self) -> bool:
-        """Whether the Q-Former runs through the fused encoder."""
-        return self.qformer.use_fused
-
-    @use_fused.setter
-    def use_fused(self, value: bool) -> None:
-        self.qformer.use_fused = check_bool("use_fused", value)
-
-    @property
     def _home(self) -> torch.device | None:
-        """Where tensors must live: with the parameters; anywhere while these are elsewhere until used."""
-        return None if self.query_tokens.is_meta else self.query_tokens.device
-
-    @property
-    def packs(self) -> bool:
-        """Whether passes go to the fused encoder itself, packed and with images projected once. A Q-Former
-        with hooks, a `forward` of its own or another class (a sharded one) is called as the module it is."""
-        return self.use_fused and self.qformer.called_reason is None
-
-    def train(self, mode: bool = True) -> "Blip2Base":
-        """As `nn.Module.train`, but the frozen image encoder stays in eval mode."""
-        super().train(mode)
-        if self.vision_model is not None:
-            self.vision_model.eval()
-        return self
-
-    def frozen_features(
-        self, image_features: Tensor | None = None, pixel_values: Tensor | None = None
-    ) -> Tensor:
-        """Features [B, N, width] before `ln_vision`: those given, or the frozen encoder's of `pixel_values`.
-
-        Raises:
-            TypeError, ValueError: both or neither given, no image encoder, features of another kind or shape.
-        """
-        if (image_features is None) == (pixel_values is None):
-            got = "neither" if image_features is None else "both"
-            raise ValueError(f"image_features: expected image_features or pixel_values, got {got}")
-        if image_features is None:
-            if self.vision_model is None:
-                raise ValueError(
-                    "pixel_values: expected image_features, since this model has no vision_model"
-                )
-            with torch.no_grad():
-                image_features = self.vision_model(pixel_values)
-        width = self.config.qformer.encoder_hidden_size
-        check_tensor("image_features", image_features, ["batch", "tokens", width], FLOATING, self._home)
-        if 0 in image_features.shape:
-            raise ValueError(
-                f"image_features: expected at least one token of one image, got {describe(image_features)}"
-            )
-        return image_features
+        """Where tensors must live: with the parameters."""
+        return home_of(self.query_tokens)
 
     def prepare_images(
         self,
@@ -180,7 +130,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
 
         Args:
             image_features: [B, N, width], the frozen encoder's output before `ln_vision`; or
-            pixel_values: what the image encoder takes.
+            pixel_values: floating [B, channels, height, width], what the image encoder takes.
             image_mask: 0/1 [B, N], image tokens that may be read; default all.
             samples: how many will read them, in all passes together: tells the fused path whether keys and
                 values are worth making. Default: they are.
@@ -192,7 +142,7 @@ class Blip2Base(CheckpointsQFormer, nn.Module):
             check_int("samples", samples, 0)
         features = self.frozen_features(image_features, pixel_values)
         if image_mask is not None:
-            check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
+            check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES, features.device)
             check_binary("image_mask", image_mask)
         if not self.packs:
             return PreparedImages(self.ln_vision(features.to(self.ln_vision.weight.dtype)), image_mask)

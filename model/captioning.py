@@ -16,19 +16,14 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from blip2_kernels.checks import check_binary, check_bool, check_int, check_range, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_int, check_range, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 from blip2_kernels.mask import MaskMode
 
 from .base import Blip2Base, evaluation_mode
-from .generate_options import check_generate_options
+from .generate_options import check_generate_options, limit_new_tokens, option_in_effect
 from .qformer import QFormerCache
 from .qformer_text import TOKEN_IDS
-
-ADAPTER_INPUTS = (
-    "input_ids", "attention_mask", "inputs_embeds", "past_key_values", "visual_features", "visual_mask",
-)  # fmt: skip
-"""What the adapter hands to `generate` itself."""
 
 
 class CaptionConfig(PreTrainedConfig):
@@ -104,8 +99,7 @@ class CaptionDecoder(PreTrainedModel, GenerationMixin):
         """What `forward` gets at a step.
 
         transformers counts the rows of a cache as text tokens, ours starts with queries: so how much of the
-            text
-        is new is worked out here, and whatever transformers has worked out (`next_sequence_length`,
+        text is new is worked out here, and whatever transformers has worked out (`next_sequence_length`,
         positions) is not used.
         """
         return {
@@ -171,15 +165,15 @@ def generate_captions(
     prompt_mask: Tensor | None = None,
     max_new_tokens: int | None = None,
     min_new_tokens: int | None = None,
-    num_beams: int = 1,
-    num_return_sequences: int = 1,
-    do_sample: bool = False,
+    num_beams: int | None = None,
+    num_return_sequences: int | None = None,
+    do_sample: bool | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float | None = None,
     length_penalty: float | None = None,
-    use_cache: bool = True,
+    use_cache: bool | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> Any:
@@ -190,24 +184,29 @@ def generate_captions(
     every step runs image and whole text again, through the fused encoder where that is set. Results are the
     same.
 
+    An option of `generate` that is None is what the `generation_config` among `options` says, and where that
+    says nothing either, the default named here.
+
     Args:
         model: `Blip2ForPreTraining`.
         image_features: [B, N, width], the frozen encoder's output before `ln_vision`; or
-        pixel_values: what the image encoder takes.
+        pixel_values: floating [B, channels, height, width], what the image encoder takes.
         image_mask: 0/1 [B, N], image tokens that may be read; default all.
         prompt_ids: integers [B or 1, P], words that the captions go on from (without [CLS] and [SEP]);
             default none.
         prompt_mask: 0/1 as `prompt_ids`, padding on any side; default all real.
-        max_new_tokens: longest caption in tokens, [SEP] included; default `config.max_text_length` - 1.
-        min_new_tokens: shortest.
-        num_beams: width of beam search, 1 for none.
-        num_return_sequences: captions an image, at most `num_beams` unless sampling.
-        do_sample: sample instead of taking the best token.
+        max_new_tokens: longest caption in tokens, [SEP] included; default `config.max_text_length` - 1, or
+            what `max_length` says, in which [DEC] and prompt count too.
+        min_new_tokens: shortest; default none.
+        num_beams: width of beam search; default 1 for none.
+        num_return_sequences: captions an image, at most `num_beams` unless sampling; default 1.
+        do_sample: sample instead of taking the best token; default False.
         temperature, top_k, top_p: of sampling, refused without it; defaults as transformers'.
         repetition_penalty, length_penalty: defaults as transformers'.
-        use_cache: keep keys and values of the queries and the text so far.
+        use_cache: keep keys and values of the queries and the text so far; default True.
         seed: of sampling, without touching torch's own generators; default draws from those.
-        options: any other option of transformers' `generate`; unknown ones are refused there.
+        options: any other option of transformers' `generate`, such as `generation_config` or `max_length`;
+            unknown ones are refused there, and those that hand it images or text here.
 
     Returns:
         int64 [B * num_return_sequences, at most max_new_tokens]: the captions without [DEC] and prompt, ended
@@ -216,61 +215,50 @@ def generate_captions(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or value; a model without a
-        language-modelling
-            head; a caption that may outgrow the position table.
+            language-modelling head; a caption that may outgrow the position table.
     """
     if not isinstance(model, Blip2Base) or not hasattr(model, "cls"):
         raise TypeError(f"model: expected a Blip2ForPreTraining, got {describe(model)}")
-    if max_new_tokens is None:
-        max_new_tokens = model.config.max_text_length - 1
-    for name, number in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
-        check_int(name, number, 1)
-    for name, switch in (("do_sample", do_sample), ("use_cache", use_cache)):
-        check_bool(name, switch)
     if seed is not None:
         check_int("seed", seed, 0)
     named = {
         "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
         "num_beams": num_beams,
         "num_return_sequences": num_return_sequences,
         "do_sample": do_sample,
-        "use_cache": use_cache,
-        "min_new_tokens": min_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
         "length_penalty": length_penalty,
+        "use_cache": use_cache,
     }
-    for name in ADAPTER_INPUTS:
-        if name in options:
-            raise TypeError(f"{name}: expected image and prompt as named here, got {describe(options[name])}")
-    check_generate_options({**options, **named})
+    options |= {name: value for name, value in named.items() if value is not None}
+    decoder = CaptionDecoder(model)
+    if option_in_effect("max_length", options) is None:
+        decoder.generation_config.max_new_tokens = model.config.max_text_length - 1
+    check_generate_options(options, decoder.generation_config)
     features = model.frozen_features(image_features, pixel_values)
     if image_mask is not None:
         check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES, features.device)
         check_binary("image_mask", image_mask)
     input_ids, attention_mask = _start(model, features, prompt_ids, prompt_mask)
-    limit = model.config.qformer.max_position_embeddings
-    if input_ids.shape[1] + max_new_tokens - 1 > limit:
-        raise ValueError(
-            f"max_new_tokens: expected at most {limit + 1 - input_ids.shape[1]} behind [DEC] and the prompt "
-            f"(max_position_embeddings {limit}), got {max_new_tokens}"
-        )
+    length = input_ids.shape[1]
+    options = limit_new_tokens(decoder, options, length, model.config.qformer.max_position_embeddings)
+    num_beams = option_in_effect("num_beams", options) or 1
     if num_beams == 1:
-        del named["length_penalty"]  # of beams only
-    options |= {name: value for name, value in named.items() if value is not None}
+        options.pop("length_penalty", None)  # of beams only
 
-    decoder = CaptionDecoder(model)
     with evaluation_mode(model), _seeded(seed, features.device):
         features = model.ln_vision(features.to(model.ln_vision.weight.dtype))
-        if use_cache:
-            copies = max(num_beams, num_return_sequences)
+        if option_in_effect("use_cache", options) is not False:
+            copies = max(num_beams, option_in_effect("num_return_sequences", options) or 1)
             options["past_key_values"] = decoder.cached_queries(features, image_mask, copies)
         else:
             options |= {"visual_features": features, "visual_mask": image_mask}
         generated = decoder.generate(input_ids, attention_mask=attention_mask, **options)
-    return generated[:, input_ids.shape[1] :] if isinstance(generated, Tensor) else generated
+    return generated[:, length:] if isinstance(generated, Tensor) else generated
 
 
 def _start(

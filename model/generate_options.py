@@ -11,6 +11,11 @@ from blip2_kernels.checks import check_bool, check_finite, check_function, check
 
 DEFAULT_NEW_TOKENS = 20
 """What transformers' `generate` makes where nobody says how many."""
+MODEL_INPUTS = (
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
+    "encoder_outputs", "visual_features", "visual_mask",
+)  # fmt: skip
+"""What `generate` would read, which the models of both stages make of images and prompt."""
 
 Check = Callable[[str, Any], Any]
 
@@ -44,6 +49,10 @@ def _streamer(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a streamer with put and end, got {describe(value)}")
 
 
+def _assistant(name: str, value: Any) -> None:
+    raise TypeError(f"{name}: expected None, since an assistant sees no image, got {describe(value)}")
+
+
 # Fields of a GenerationConfig, by name; those that are not here are left to transformers.
 FIELDS: dict[str, Check] = {
     **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_scores"), check_bool),
@@ -61,8 +70,16 @@ ARGUMENTS: dict[str, Check] = {
     "streamer": _streamer,
     **dict.fromkeys(("logits_processor", "stopping_criteria"), _functions),
     "prefix_allowed_tokens_fn": check_function,
+    "assistant_model": _assistant,
 }
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+
+def option_in_effect(name: str, options: Mapping[str, Any], default: GenerationConfig | None = None) -> Any:
+    """What transformers' `generate` takes an option to be: as given, else as the `generation_config` among
+    the options says, else as the model's own, `default`, says; None where none of them does."""
+    sources = (getattr(config, name, None) for config in (options.get("generation_config"), default))
+    return next((value for value in (options.get(name), *sources) if value is not None), None)
 
 
 def check_generate_options(options: Mapping[str, Any], default: GenerationConfig | None = None) -> None:
@@ -74,8 +91,12 @@ def check_generate_options(options: Mapping[str, Any], default: GenerationConfig
 
     Raises:
         TypeError, ValueError: an option, or a field of the `generation_config`, of the wrong kind or out of
-        range; or options of sampling where nothing is sampled, which transformers only warns of.
+            range; one of `MODEL_INPUTS`; or options of sampling where nothing is sampled, which transformers
+            only warns of.
     """
+    for name in MODEL_INPUTS:
+        if name in options:
+            raise TypeError(f"{name}: expected image and prompt as named here, got {describe(options[name])}")
     for name, check in ARGUMENTS.items():
         if options.get(name) is not None:
             check(name, options[name])
@@ -86,26 +107,24 @@ def check_generate_options(options: Mapping[str, Any], default: GenerationConfig
         for name, check in FIELDS.items():
             if getattr(config, name, None) is not None:
                 check(f"generation_config.{name}", getattr(config, name))
-    sampled = options.get("do_sample")
-    if sampled is None:
-        sampled = getattr(config if config is not None else default, "do_sample", None)
+    sampled = option_in_effect("do_sample", options, default)
     for name in SAMPLING:
         if not sampled and options.get(name) is not None:
             raise ValueError(f"{name}: expected None without do_sample=True, got {describe(options[name])}")
-    least, most = options.get("min_new_tokens"), options.get("max_new_tokens")
+    least, most = options.get("min_new_tokens"), option_in_effect("max_new_tokens", options, default)
     if least is not None and most is not None and least > most:
         raise ValueError(f"min_new_tokens: expected at most max_new_tokens, {most}, got {least}")
 
 
 def limit_new_tokens(
-    language_model: nn.Module, options: Mapping[str, Any], length: int, limit: int | None
+    model: nn.Module, options: Mapping[str, Any], length: int, limit: int | None
 ) -> dict[str, Any]:
     """Options of `generate` under which no token is given a position that the table does not have.
 
     Args:
-        language_model: whose `generation_config` stands in for what the options leave open.
+        model: whose `generation_config` stands in for what the options leave open.
         options: for `generate`, checked.
-        length: rows in front of the first new token.
+        length: rows in front of the first new token, which `max_length` counts too.
         limit: of the position table; None for none.
 
     Returns:
@@ -113,28 +132,28 @@ def limit_new_tokens(
         the room there is.
 
     Raises:
-        ValueError: `max_new_tokens` or `max_length`, of the options or of a `generation_config`, is more than
-        there is room for.
+        ValueError: `max_new_tokens`, or else `max_length`, is more than there is room for, or `max_length`
+            leaves no room for a token.
     """
-    options = dict(options)
-    config = options.get("generation_config") or getattr(language_model, "generation_config", None)
-    # The order in which transformers asks; its own default length of 20 counts as none.
-    tokens, total = options.get("max_new_tokens"), options.get("max_length")
-    if tokens is None:
-        tokens = getattr(config, "max_new_tokens", None)
-    if tokens is None and total is None and getattr(config, "max_length", None) != DEFAULT_NEW_TOKENS:
-        total = getattr(config, "max_length", None)
+    options, default = dict(options), getattr(model, "generation_config", None)
+    name, front = "max_new_tokens", 0
+    wanted = option_in_effect(name, options, default)  # which goes before max_length, wherever each is said
+    if wanted is None:
+        name, front = "max_length", length
+        wanted = option_in_effect(name, options, default)
+        if wanted is not None and wanted <= length:
+            raise ValueError(
+                f"max_length: expected at least {length + 1} behind {length} rows of prompt, got {wanted}"
+            )
     if limit is None:
         return options
     room = limit - length + 1  # the last token of all is never read
-    name, front = ("max_length", length) if tokens is None and total is not None else ("max_new_tokens", 0)
-    wanted = total if name == "max_length" else tokens
     if wanted is None:
         if room < DEFAULT_NEW_TOKENS:
             options["max_new_tokens"] = room
     elif wanted - front > room:
         raise ValueError(
-            f"{name}: expected at most {room + front} behind {length} rows of soft prompt and text (the "
-            f"language model's position table holds {limit}), got {wanted}"
+            f"{name}: expected at most {room + front} behind {length} rows of prompt (the position table "
+            f"holds {limit}), got {wanted}"
         )
     return options

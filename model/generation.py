@@ -31,7 +31,13 @@ from .language_model import check_language_model, position_limit
 from .qformer_text import TOKEN_IDS
 from .soft_prompt import SoftPromptModel, check_text, copy_weights
 from .supervised_rows import supervised_row_loss
-from .text_rows import front_order, labels_behind_prompt, move_padding_to_front, split_prefix
+from .text_rows import (
+    front_order,
+    labels_behind_prompt,
+    move_padding_to_front,
+    split_prefix,
+    texts_as_given,
+)
 from .vision import FrozenVisionEncoder
 
 __all__ = ["Blip2ForConditionalGeneration", "Blip2GenerationConfig", "Blip2GenerationOutput"]
@@ -65,7 +71,7 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
     Args:
         config: `Blip2GenerationConfig`, or transformers' `Blip2Config` or `InstructBlipConfig`.
         language_model: an `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` model; frozen here.
-        vision_model: a `FrozenVisionEncoder`, or a transformers model to make one of; None where callers pass
+        vision_model: a `FrozenVisionEncoder`, or a module to make one of; None where callers pass
             `image_features`. If it brings a trained `ln_vision` along, that is where this one starts.
         use_fused: run the Q-Former through the fused encoder and the head of the language model on supervised
             rows only; may be changed at any time.
@@ -313,14 +319,14 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
         inputs = self._inputs(soft_prompt, text_ids, text_mask)
         if labels is None:
             logits = self.language_model(**inputs, use_cache=False).logits
-            return Blip2GenerationOutput(None, self._as_given(logits, order), soft_prompt)
+            return Blip2GenerationOutput(None, texts_as_given(logits, order), soft_prompt)
         text_labels = labels.gather(1, order)
         labels = torch.cat([text_labels.new_full(soft_prompt.shape[:2], -100), text_labels], dim=1).long()
         rows = (labels.flatten() != -100).nonzero()[:, 0]
         self._check_supervised(rows, labels)
         if not self.heads_supervised_rows:
             output = self.language_model(**inputs, labels=labels, use_cache=False)
-            return Blip2GenerationOutput(output.loss, self._as_given(output.logits, order), soft_prompt)
+            return Blip2GenerationOutput(output.loss, texts_as_given(output.logits, order), soft_prompt)
         # A label is predicted by the row before it; there always is one, the soft prompt's last.
         loss = supervised_row_loss(
             lambda: self.language_model(**inputs, use_cache=False),
@@ -408,7 +414,8 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
             attention_mask: 0/1 [B, T], padding on any side; default all 1.
             generate_options: handed to the language model's own `generate`, which refuses those it does not
                 know: `max_new_tokens`, `num_beams`, `do_sample`, `generation_config`, `streamer`, ... Without
-                a bound of the caller's or the model's own, at most 20 tokens, as transformers has it.
+                a bound of the caller's or the model's own, at most 20 tokens, as transformers has it. Inputs
+                of the language model (`inputs_embeds`, `past_key_values`, ...) are made here, and refused.
 
         Returns:
             What the language model's `generate` returns. Sequences hold new tokens only, since prompts go in
@@ -459,14 +466,6 @@ class Blip2ForConditionalGeneration(SoftPromptModel):
             "inputs_embeds": torch.cat([soft_prompt, text], dim=1),
             "attention_mask": torch.cat([mask.new_ones(soft_prompt.shape[:2]), mask], dim=1),
         }
-
-    def _as_given(self, logits: Tensor, order: Tensor) -> Tensor:
-        """Bring the text rows of logits [B, Q + T, V] back to where the caller had them."""
-        if bool((order[:, 1:] > order[:, :-1]).all()):
-            return logits
-        num_queries = self.config.num_query_tokens
-        back = order.argsort(dim=1)[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device)
-        return torch.cat([logits[:, :num_queries], logits[:, num_queries:].gather(1, back)], dim=1)
 
     def _start_tokens(self) -> list[int]:
         for config in (getattr(self.language_model, "generation_config", None), self.language_model.config):

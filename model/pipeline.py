@@ -219,11 +219,6 @@ def build_stage1(
         vision_model=vision,
         use_fused=use_fused,
     )
-    if (
-        vision.layer_norm is not None
-        and vision.layer_norm.normalized_shape == model.ln_vision.normalized_shape
-    ):
-        model.ln_vision.load_state_dict(vision.layer_norm.state_dict())
     if bert is not None:
         start_from_bert(model, read_bert(bert))
     return model

@@ -22,6 +22,7 @@ from blip2_kernels.checks import (
     check_probability,
     check_tensor,
     describe,
+    home_of,
 )
 from blip2_kernels.encoder import ImageKeyValues, LayerCall
 from blip2_kernels.encoder.modules import checkpoints, drops, qformer_reason
@@ -125,7 +126,7 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
                 f"{config.hidden_size} and {config.num_attention_heads}"
             )
         self.config = config
-        self.use_fused = check_bool("use_fused", use_fused)
+        self.use_fused = use_fused
         self.gradient_checkpointing = False
         self.has_text = self.is_instruct or config.use_qformer_text_input
         if self.is_instruct:
@@ -135,6 +136,15 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
             self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.encoder = QFormerEncoder(config, self.has_text)
         init_bert_weights(self, config.initializer_range)
+
+    @property
+    def use_fused(self) -> bool:
+        """Whether passes run through the fused encoder where it can serve them."""
+        return self._use_fused
+
+    @use_fused.setter
+    def use_fused(self, value: bool) -> None:
+        self._use_fused = check_bool("use_fused", value)
 
     @property
     def embedding_layernorm(self) -> nn.LayerNorm:
@@ -258,6 +268,13 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value, named in the message.
         """
+        for name, switch in (
+            ("use_cache", use_cache),
+            ("output_attentions", output_attentions),
+            ("output_hidden_states", output_hidden_states),
+            ("queries_only", queries_only),
+        ):
+            check_bool(name, switch)
         same_queries = isinstance(query_embeds, Tensor) and is_expanded(query_embeds)
         hidden, query_length = self._embed(
             query_embeds, input_ids, position_ids, query_length, past_key_values
@@ -392,11 +409,11 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
         if past_key_values is not None and not isinstance(past_key_values, QFormerCache):
             raise TypeError(f"past_key_values: expected a QFormerCache, got {describe(past_key_values)}")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        width, dtype = self.config.hidden_size, self.embedding_layernorm.weight.dtype
+        width, weight = self.config.hidden_size, self.embedding_layernorm.weight
         if query_embeds is None and input_ids is None:
             raise ValueError("query_embeds: expected query_embeds or input_ids, got neither")
         if query_embeds is not None:
-            check_tensor("query_embeds", query_embeds, ["batch", "rows", width], FLOATING)
+            check_tensor("query_embeds", query_embeds, ["batch", "rows", width], FLOATING, home_of(weight))
         rows = query_embeds.shape[1] if query_embeds is not None else 0
         if query_length is not None:
             check_int("query_length", query_length, 0, rows)
@@ -408,7 +425,7 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
                 raise ValueError("position_ids: expected input_ids beside it, got None")
             if input_ids is not None:
                 before = past - past_key_values.num_queries if past else 0
-                text = self.embeddings.embed(input_ids, position_ids, before).to(dtype)
+                text = self.embeddings.embed(input_ids, position_ids, before).to(weight.dtype)
                 if query_embeds is None:
                     return text, 0
                 if query_embeds.shape[0] != text.shape[0]:
@@ -416,7 +433,7 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
                         f"query_embeds: expected [{text.shape[0]}, queries, {width}] as input_ids, got "
                         f"{describe(query_embeds)}"
                     )
-                return torch.cat([query_embeds.to(dtype), text], dim=1), query_length
+                return torch.cat([query_embeds.to(weight.dtype), text], dim=1), query_length
         else:
             for name, value in (("input_ids", input_ids), ("position_ids", position_ids)):
                 if value is not None:
@@ -435,23 +452,25 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
             raise ValueError(
                 f"query_embeds: expected at least one row of one sample, got {describe(query_embeds)}"
             )
-        return query_embeds.to(dtype), query_length
+        return query_embeds.to(weight.dtype), query_length
 
     def _check_image(
         self, features: Tensor | None, mask: Tensor | None, query_length: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Check image features and their mask; both None in a text-only pass, which never looks at them."""
+        weight = self.embedding_layernorm.weight
         if features is not None:
-            check_tensor(
-                "encoder_hidden_states",
-                features,
-                ["batch", "tokens", self.config.encoder_hidden_size],
-                FLOATING,
-            )
+            shape: list[int | str] = ["batch", "tokens", self.config.encoder_hidden_size]
+            check_tensor("encoder_hidden_states", features, shape, FLOATING, home_of(weight))
+            if 0 in features.shape:
+                raise ValueError(
+                    "encoder_hidden_states: expected at least one token of one image, got "
+                    f"{describe(features)}"
+                )
         if mask is not None:
             if features is None:
                 raise ValueError("encoder_attention_mask: expected encoder_hidden_states beside it, got None")
-            check_tensor("encoder_attention_mask", mask, features.shape[:2], MASK_DTYPES)
+            check_tensor("encoder_attention_mask", mask, features.shape[:2], MASK_DTYPES, features.device)
             check_binary("encoder_attention_mask", mask)
         if query_length == 0:
             return None, None
@@ -459,7 +478,7 @@ class QFormerModel(OwnsFusedEncoder, nn.Module):
             raise ValueError(
                 "encoder_hidden_states: expected image features for the queries to read, got None"
             )
-        features = features.to(self.embedding_layernorm.weight.dtype)
+        features = features.to(weight.dtype)
         return features, None if mask is None else mask != 0
 
 

@@ -1,24 +1,22 @@
 """The trained part of stage 2: from an image to the soft prompt of a language model (paper, figure 3)."""
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2_kernels.checks import check_binary, check_bool, check_range, check_tensor, describe
+from blip2_kernels.checks import check_binary, check_range, check_tensor, describe
 from blip2_kernels.layout import MASK_DTYPES
 
 from .generation_config import Blip2GenerationConfig
-from .gradient_checkpointing import CheckpointsQFormer
+from .image_reading import ReadsImages
 from .qformer import QFormerModel
-from .qformer_text import FLOATING, TOKEN_IDS, check_text_length
-from .vision import FrozenVisionEncoder
+from .qformer_text import TOKEN_IDS, check_text_length
 
 __all__ = ["SoftPromptModel", "check_text", "copy_weights"]
 
 
-class SoftPromptModel(CheckpointsQFormer, nn.Module):
+class SoftPromptModel(ReadsImages):
     """Image encoder (frozen), ln_vision, Q-Former with its queries, and the projection to a text's width.
 
     Args:
@@ -43,40 +41,12 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
         super().__init__()
         self.config = config
         qformer = config.qformer
-        if vision_model is not None and not isinstance(vision_model, FrozenVisionEncoder):
-            if not isinstance(vision_model, nn.Module):
-                raise TypeError(f"vision_model: expected an nn.Module or None, got {describe(vision_model)}")
-            vision_model = FrozenVisionEncoder(vision_model)
-        self.vision_model = vision_model
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer.hidden_size))
         nn.init.normal_(self.query_tokens, std=qformer.initializer_range)
         self.ln_vision = nn.LayerNorm(qformer.encoder_hidden_size, eps=config.vision_layer_norm_eps)
-        if vision_model is not None and vision_model.layer_norm is not None:
-            trained = vision_model.layer_norm
-            if trained.normalized_shape != self.ln_vision.normalized_shape:
-                raise ValueError(
-                    f"vision_model: expected features of width {qformer.encoder_hidden_size} "
-                    f"(encoder_hidden_size), got {trained.normalized_shape[0]}"
-                )
-            self.ln_vision.load_state_dict(trained.state_dict())
+        self.attach_vision_model(vision_model)
         self.qformer = QFormerModel(qformer, use_fused=use_fused)
         self.language_projection = nn.Linear(qformer.hidden_size, text_width)
-        self.register_load_state_dict_pre_hook(_read_transformers_names)
-
-    @property
-    def use_fused(self) -> bool:
-        """Whether the Q-Former runs fused and the head sees supervised rows only."""
-        return self.qformer.use_fused
-
-    @use_fused.setter
-    def use_fused(self, value: bool) -> None:
-        self.qformer.use_fused = check_bool("use_fused", value)
-
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        """What training changes: `query_tokens`, `ln_vision`, `qformer`, `language_projection`. Load it back
-        with `load_state_dict(..., strict=False)` or `checkpoints.load_into`."""
-        frozen = ("language_model.", "vision_model.")
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(frozen)}
 
     def soft_prompt(
         self,
@@ -99,7 +69,7 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or value.
         """
-        features = self._features(pixel_values, image_features)
+        features = self.frozen_features(image_features, pixel_values)
         if image_mask is not None:
             check_tensor("image_mask", image_mask, features.shape[:2], MASK_DTYPES)
             check_binary("image_mask", image_mask)
@@ -121,8 +91,10 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
             check_range("qformer_input_ids", qformer_input_ids, self.config.qformer.vocab_size)
             text = {"input_ids": qformer_input_ids, "text_mask": mask}
         features = features.to(self.ln_vision.weight.device, self.ln_vision.weight.dtype)
+        if image_mask is not None:
+            image_mask = image_mask.to(features.device)
         images: dict[str, Any]
-        if self.use_fused and self.qformer.called_reason is None:
+        if self.packs:
             prepared = self.qformer.fused_encoder.project_images(
                 features, norm=self.ln_vision, mask=image_mask, query_rows=queries.shape[0] * queries.shape[1]
             )
@@ -134,25 +106,6 @@ class SoftPromptModel(CheckpointsQFormer, nn.Module):
             }
         hidden = self.qformer(queries, queries_only=True, **images, **text).last_hidden_state
         return self.language_projection(hidden.to(self.language_projection.weight.dtype))
-
-    def _features(self, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
-        if (pixel_values is None) == (image_features is None):
-            got = "neither" if image_features is None else "both"
-            raise ValueError(f"image_features: expected image_features or pixel_values, got {got}")
-        name = "image_features"
-        if image_features is None:
-            if self.vision_model is None:
-                raise ValueError(
-                    "pixel_values: expected image_features, since this model has no vision_model"
-                )
-            name, image_features = "features of vision_model", self.vision_model(pixel_values)
-        width = self.config.qformer.encoder_hidden_size
-        check_tensor(name, image_features, ["batch", "tokens", width], FLOATING)
-        if 0 in image_features.shape:
-            raise ValueError(
-                f"{name}: expected at least one token of one image, got {describe(image_features)}"
-            )
-        return image_features
 
 
 def copy_weights(part: nn.Module, source: nn.Module) -> None:
@@ -175,16 +128,3 @@ def check_text(prefix: str, input_ids: Tensor, attention_mask: Tensor | None, ba
     check_tensor(name, attention_mask, input_ids.shape, MASK_DTYPES, input_ids.device)
     check_binary(name, attention_mask)
     return attention_mask.to(input_ids.dtype)
-
-
-def _read_transformers_names(
-    module: SoftPromptModel, state_dict: MutableMapping[str, Any], prefix: str, *_: Any
-) -> None:
-    """Load hook: transformers' names of the image encoder become ours."""
-    vision, norm = f"{prefix}vision_model.", f"{prefix}vision_model.post_layernorm."
-    for name in [name for name in state_dict if name.startswith(vision)]:
-        rest = name.removeprefix(vision)
-        if name.startswith(norm):
-            state_dict[f"{prefix}ln_vision.{name.removeprefix(norm)}"] = state_dict.pop(name)
-        elif module.vision_model is not None and not rest.startswith("module."):
-            state_dict[f"{vision}module.{rest}"] = state_dict.pop(name)

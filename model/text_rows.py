@@ -7,7 +7,7 @@ from blip2_kernels.checks import check_tensor, values_are_free
 
 from .qformer_text import TOKEN_IDS
 
-__all__ = ["front_order", "labels_behind_prompt", "move_padding_to_front", "split_prefix"]
+__all__ = ["front_order", "labels_behind_prompt", "move_padding_to_front", "split_prefix", "texts_as_given"]
 
 
 def front_order(attention_mask: Tensor) -> Tensor:
@@ -20,6 +20,23 @@ def front_order(attention_mask: Tensor) -> Tensor:
         int64 [B, T] for `gather(1, ...)`.
     """
     return (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def texts_as_given(rows: Tensor, order: Tensor) -> Tensor:
+    """Bring texts that were put in another order back to where the caller had them.
+
+    Args:
+        rows: [B, Q + T, V], soft prompt first, then the text in its new order.
+        order: int64 [B, T] of `front_order`.
+
+    Returns:
+        [B, Q + T, V], the soft prompt as it was.
+    """
+    if bool((order[:, 1:] > order[:, :-1]).all()):
+        return rows
+    num_queries = rows.shape[1] - order.shape[1]
+    back = order.argsort(dim=1)[..., None].expand(-1, -1, rows.shape[-1]).to(rows.device)
+    return torch.cat([rows[:, :num_queries], rows[:, num_queries:].gather(1, back)], dim=1)
 
 
 def move_padding_to_front(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

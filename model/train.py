@@ -169,8 +169,7 @@ def train(
         collate: list of samples → dict of arguments of the model; default PyTorch's own.
         max_steps, epochs: exactly one of them; a step is one optimizer step.
         batch_size: samples a rank and step (and accumulation step). Contrastive losses see what is in one
-            forward
-            pass: accumulation adds gradients, not negatives.
+            forward pass: accumulation adds gradients, not negatives.
         batch_sampler: composes the batches instead (lists of indices; `set_epoch(epoch)` is called if it has
             it). It yields the same sequence on every rank; rank r of n takes batches r, r + n, …
         output_dir: checkpoints and `history.jsonl` go here; `None` writes nothing. It may hold no checkpoint
@@ -183,9 +182,8 @@ def train(
         max_grad_norm: gradients are clipped to this norm; `None` or 0 does not clip (as in the paper).
         gradient_accumulation_steps: forward and backward passes a step.
         loss_weights: weight of each `loss_*`, or a function of the step (from 0) that gives them, e.g. a
-            warm-up on
-            ITC alone: `lambda step: {"loss_itc": 1.0} if step < 100 else None`. `None` uses the model's
-            `loss`. The history's `loss` is what was optimised.
+            warm-up on ITC alone: `lambda step: {"loss_itc": 1.0} if step < 100 else None`. `None` uses the
+            model's `loss`. The history's `loss` is what was optimised.
         step_function: `(model, batch, step) -> output` in place of `model(**batch)`, step from 0.
         bf16: forward pass under autocast to bfloat16; parameters and optimizer stay as they are.
         seed: of the order of samples and of the global random generators (`random`, NumPy, torch), which are

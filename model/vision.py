@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blip2_kernels.checks import check_bool, check_finite, check_int, check_tensor, describe
+from blip2_kernels.checks import check_bool, check_finite, check_int, check_tensor, describe, home_of
 
 from .feature_cache import EncodingReport, FeatureCache
 from .images import ImagePreprocessing, UnfitPixelsError
@@ -219,9 +219,8 @@ class FrozenVisionEncoder(nn.Module):
             or of a size that the module does not take; an output that holds no features.
         """
         self.check_pixels("pixel_values", pixel_values)
-        home = next(self.module.parameters(), pixel_values)
-        if not home.is_meta:  # else its weights wait elsewhere for their turn
-            check_tensor("pixel_values", pixel_values, None, device=home.device)
+        home = home_of(next(self.module.parameters(), pixel_values))
+        check_tensor("pixel_values", pixel_values, None, device=home)
         output = self._run(pixel_values.to(self.dtype))
         features = _first_tensor(output)
         if features.dim() == 4 and getattr(self.module, "output_fmt", None) == "NHWC":

@@ -71,15 +71,15 @@ def draw_key(device: torch.device | str | None = None, generator: torch.Generato
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
-        place = torch.empty(0, device=device).device
-        if generator.device.type != place.type:
-            raise ValueError(f"generator: expected one of {place}, got one of {generator.device}")
+        home = torch.empty(0, device=device).device
+        if generator.device.type != home.type:
+            raise ValueError(f"generator: expected one of {home}, got one of {generator.device}")
     return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device, generator=generator)
 
 
 def threshold(p: float) -> int:
     """16-bit level below which an element is dropped; the exact drop probability is this / 65536."""
-    return min(round(check_probability("dropout", p) * LEVELS), LEVELS - 1)
+    return min(round(check_probability("p", p) * LEVELS), LEVELS - 1)
 
 
 def keep_scale(p: float) -> float:

@@ -9,8 +9,6 @@ from . import image_arguments
 LOG2_E = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(LOG2_E * x): folded into the scale of the scores."""
 
-LN_2 = tl.constexpr(0.6931471805599453)
-
 LENGTHS, MASK = tl.constexpr(image_arguments.LENGTHS), tl.constexpr(image_arguments.MASK)
 
 

@@ -89,8 +89,7 @@ class ImageTextDataset(Dataset):
 
     Raises:
         TypeError, ValueError: neither or both of `preprocess` and `feature_cache`; another word for
-        `captions`;
-            no image at all that can be decoded (when samples are read, or features encoded).
+            `captions`; no image at all that can be decoded (when samples are read, or features encoded).
     """
 
     def __init__(

@@ -75,8 +75,7 @@ def read_manifest(
         TypeError: an argument of the wrong kind.
         FileNotFoundError: no such manifest.
         ValueError: malformed lines, missing fields, empty captions, missing files: how many there are, and
-        the
-            first few with their line numbers; or nothing usable at all.
+            the first few with their line numbers; or nothing usable at all.
     """
     for name, value in (("path", path), ("image_root", path if image_root is None else image_root)):
         if not isinstance(value, str | Path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from qformer_cases import IMAGE_WIDTH, VOCABULARY, blip2_config
 from torch import nn
+from transformers import GenerationConfig
 
 from blip2_kernels.model.captioning import CaptionDecoder, generate_captions
 from blip2_kernels.model.config import Blip2PreTrainingConfig
@@ -220,6 +221,60 @@ def test_method_and_default_length(images):
     assert torch.equal(captions, generate_captions(model, images, min_new_tokens=31))
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_new_tokens": 4},
+        {"max_new_tokens": 6, "num_beams": 3, "length_penalty": 2.0},
+        {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2},
+        {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "temperature": 1.3},
+        {"num_beams": 2, "eos_token_id": 9},
+    ],
+    ids=str,
+)
+def test_a_generation_config_is_followed(images, given, use_cache):
+    model = build()
+    named = generate_captions(model, images, use_cache=use_cache, seed=3, **given)
+    config = GenerationConfig(use_cache=use_cache, **given)
+    assert torch.equal(generate_captions(model, images, generation_config=config, seed=3), named)
+    assert not torch.equal(named, generate_captions(model, images))
+    # Only what neither says is the default.
+    assert generate_captions(model, images, generation_config=config, max_new_tokens=2).shape[1] == 2
+
+
+def test_the_cache_of_a_generation_config(images, monkeypatch):
+    """`use_cache` and the copies an image needs are those in effect."""
+    model, asked = build(), []
+    read = CaptionDecoder.cached_queries
+
+    def asking(self, features, mask=None, copies=1):
+        asked.append(copies)
+        return read(self, features, mask, copies)
+
+    monkeypatch.setattr(CaptionDecoder, "cached_queries", asking)
+    for config in (
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"use_cache": False},
+    ):
+        generate_captions(model, images, generation_config=GenerationConfig(**config, max_new_tokens=2))
+    assert asked == [1, 3, 2]
+    generate_captions(model, images, generation_config=GenerationConfig(num_beams=3), num_beams=2)
+    assert asked[3:] == [2]
+
+
+def test_max_length_counts_what_the_caption_goes_on_from(images):
+    model, prompt = build(), torch.tensor([[7, 9]])
+    for options in ({"max_length": 8}, {"generation_config": GenerationConfig(max_length=8)}):
+        captions = generate_captions(model, images, prompt_ids=prompt, **options)
+        expected = generate_captions(model, images, prompt_ids=prompt, max_new_tokens=5)
+        assert torch.equal(captions, expected) and captions.shape[1] == 5
+    # As in transformers, max_new_tokens goes before it.
+    assert generate_captions(model, images, max_length=8, max_new_tokens=3).shape[1] == 3
+
+
 REFUSED = {
     "no image": ({"image_features": None}, ValueError, "image_features: .*neither"),
     "no encoder": (
@@ -231,6 +286,27 @@ REFUSED = {
     "image mask": ({"image_mask": torch.ones(3, 8)}, ValueError, r"image_mask: .*\[3, 9\], got .*\[3, 8\]"),
     "length": ({"max_new_tokens": 0}, ValueError, "max_new_tokens: .*>= 1, got 0"),
     "too long": ({"max_new_tokens": 41}, ValueError, "max_new_tokens: expected at most 40 .*got 41"),
+    "too long by the generation_config": (
+        {"generation_config": GenerationConfig(max_new_tokens=41)},
+        ValueError,
+        "^max_new_tokens: expected at most 40 .*got 41",
+    ),
+    "too long in all": ({"max_length": 42}, ValueError, "^max_length: expected at most 41 .*got 42"),
+    "no room in all": (
+        {"max_length": 3, "prompt_ids": torch.tensor([[7, 9]])},
+        ValueError,
+        "^max_length: expected at least 4 behind 3 rows of prompt, got 3",
+    ),
+    "shorter than the default": (
+        {"min_new_tokens": 32},
+        ValueError,
+        "^min_new_tokens: expected at most max_new_tokens, 31, got 32",
+    ),
+    "field of the generation_config": (
+        {"generation_config": GenerationConfig(num_beams=1.5)},
+        TypeError,
+        r"^generation_config\.num_beams: expected an int >= 1, got float 1.5",
+    ),
     "beams": ({"num_beams": 1.5}, TypeError, "num_beams.*float"),
     "cache": ({"use_cache": 1}, TypeError, "use_cache: expected a bool, got int 1"),
     "prompt batch": ({"prompt_ids": torch.ones(2, 1).long()}, ValueError, "prompt_ids: expected .3 or 1"),
@@ -257,6 +333,8 @@ REFUSED = {
     ),
     "seed": ({"seed": -1}, ValueError, "^seed: expected an int >= 0, got -1"),
     "ours": ({"past_key_values": 5}, TypeError, "^past_key_values: expected image and prompt as named"),
+    "inputs": ({"inputs": torch.ones(3, 1).long()}, TypeError, "^inputs: expected image and prompt as named"),
+    "assistant": ({"assistant_model": 5}, TypeError, "^assistant_model: expected None, .* got int 5"),
     "streamer": ({"streamer": print}, TypeError, "^streamer: expected a streamer with put and end"),
     "typo": ({"top_pp": 0.3}, ValueError, "top_pp"),
 }

@@ -533,7 +533,6 @@ def load_demo_opt(folder: Path):
 
     here = folder.parent / "cache" / "smollm2-135m-instruct"
     shutil.copytree(folder, here)
-    (here / "complete.json").write_text("{}")
     return assets.load_language_model(folder.parent / "cache")
 
 

@@ -392,7 +392,6 @@ def test_only_the_trained_parts_change(name, use_fused):
     assert not any(part.training for part in model.vision_model.modules())
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if not n.startswith(FROZEN)}
-    assert model.trainable_state_dict().keys() == trained
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     ids, mask = pad(TEXTS, "right")

@@ -292,16 +292,36 @@ def test_forward_refuses(name, arguments, error, message, use_fused):
             ValueError,
             r"input_ids: expected int64 or int32 \[2, tokens\]",
         ),
+        *(
+            (
+                {"image_features": IMAGES, "input_ids": IDS, name: value},
+                TypeError,
+                f"^{name}: expected image and prompt as named here, got ",
+            )
+            for name, value in (
+                ("inputs", IDS),
+                ("inputs_embeds", torch.zeros(2, 3, 16)),
+                ("inputs_embeds", None),
+                ("past_key_values", 5),
+                ("encoder_outputs", (torch.zeros(2, 3, 16),)),
+                ("position_ids", IDS),
+            )
+        ),
         (
-            dict(image_features=IMAGES, input_ids=IDS, inputs_embeds=torch.zeros(2, 3, 16)),
+            dict(image_features=IMAGES, input_ids=IDS, assistant_model=5),
             TypeError,
-            "inputs_embeds",
+            "^assistant_model: expected None, since an assistant sees no image, got int 5",
+        ),
+        (
+            dict(image_features=IMAGES, input_ids=IDS, max_length=8),
+            ValueError,
+            "^max_length: expected at least 9 behind 8 rows of prompt, got 8",
         ),
         (dict(image_features=IMAGES, input_ids=IDS, max_new_token=3), ValueError, "max_new_token"),
         (
             dict(image_features=IMAGES, input_ids=IDS, max_new_tokens=34),
             ValueError,
-            r"^max_new_tokens: expected at most 33 behind 8 rows of soft prompt and text .*40\), got 34",
+            r"^max_new_tokens: expected at most 33 behind 8 rows of prompt .*40\), got 34",
         ),
         (
             dict(image_features=IMAGES, input_ids=IDS, generation_config=GenerationConfig(max_new_tokens=99)),
@@ -383,6 +403,18 @@ def test_fields_of_a_generation_config_are_checked_as_options_are():
     check_generate_options({"generation_config": GenerationConfig(do_sample=True), "temperature": 0.5})
     with pytest.raises(ValueError, match=r"^temperature: expected None without do_sample=True"):
         check_generate_options({"temperature": 0.5}, GenerationConfig())
+    with pytest.raises(ValueError, match=r"^min_new_tokens: expected at most max_new_tokens, 3, got 9"):
+        check_generate_options({"generation_config": GenerationConfig(max_new_tokens=3), "min_new_tokens": 9})
+
+
+def test_what_a_generation_config_leaves_open_is_the_models():
+    sampling = GenerationConfig(do_sample=True, max_new_tokens=99)
+    options = {"temperature": 0.5, "generation_config": GenerationConfig(num_beams=2)}
+    check_generate_options(options, sampling)
+    model = stage2("opt")
+    model.language_model.generation_config.max_new_tokens = 99
+    with pytest.raises(ValueError, match=r"^max_new_tokens: expected at most 33 behind 8 rows .* got 99"):
+        model.generate(image_features=IMAGES, input_ids=IDS, generation_config=GenerationConfig(num_beams=2))
 
 
 def test_generate_fills_the_position_table_and_no_more():

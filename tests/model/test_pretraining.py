@@ -8,7 +8,6 @@ from naive import naive_step
 from pretraining_cases import (
     BOTH_PATHS,
     CLS,
-    IMAGE_TOKENS,
     IMAGE_WIDTH,
     LOSSES,
     POSITIONS,
@@ -236,35 +235,6 @@ def test_image_features_of_any_floating_dtype_are_cast():
     half = {**inputs, "image_features": inputs["image_features"].half()}
     full = {**inputs, "image_features": inputs["image_features"].half().float()}
     assert torch.equal(model(**half, negatives=negatives).loss, model(**full, negatives=negatives).loss)
-
-
-class PixelEncoder(torch.nn.Module):
-    """Patches of a [B, 3, 4, 5] picture, one a column, through a linear layer and a dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(12, IMAGE_WIDTH)
-        self.dropout = torch.nn.Dropout(0.5)
-
-    def forward(self, pixel_values):
-        return self.dropout(self.linear(pixel_values.flatten(1, 2).transpose(1, 2)))
-
-
-def test_the_image_encoder_never_trains():
-    vision = PixelEncoder()
-    model = Blip2ForPreTraining(small_config(), vision_model=vision).train()
-    assert model.training and not vision.training and not vision.dropout.training
-    inputs = small_batch()
-    del inputs["image_features"]
-    pixels = torch.randn(4, 3, 4, IMAGE_TOKENS)
-    torch.manual_seed(2)
-    output = model(**inputs, pixel_values=pixels)
-    output.loss.backward()
-    assert all(p.grad is None and not p.requires_grad for p in vision.parameters())
-    assert model.ln_vision.weight.grad is not None
-    torch.manual_seed(2)
-    again = model(**inputs, image_features=vision(pixels))
-    assert torch.equal(output.loss, again.loss)
 
 
 def test_parameters_have_the_names_of_the_checkpoints():
@@ -516,7 +486,7 @@ def test_every_way_of_reading_names_what_it_cannot_read(use_fused, case):
 def test_the_constructor_names_what_it_cannot_use():
     with pytest.raises(TypeError, match="config: expected a Blip2PreTrainingConfig, got Blip2QFormerConfig"):
         Blip2ForPreTraining(small_config().qformer)
-    with pytest.raises(TypeError, match=r"vision_model: expected a .* or None, got str"):
+    with pytest.raises(TypeError, match=r"vision_model: expected an nn\.Module or None, got str"):
         Blip2ForPreTraining(small_config(), vision_model="vit")
 
 

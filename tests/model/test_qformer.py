@@ -315,6 +315,41 @@ class TestBadInput:
             ValueError,
             "encoder_hidden_states: expected 2 images.*got 3",
         ),
+        "no image": (
+            {"encoder_hidden_states": torch.randn(0, 5, 24), "encoder_attention_mask": None},
+            ValueError,
+            r"^encoder_hidden_states: expected at least one token of one image, got float32 \[0, 5, 24\]",
+        ),
+        "no image for one sample": (
+            {
+                "query_embeds": torch.randn(1, 7, WIDTH),
+                "attention_mask": None,
+                "encoder_hidden_states": torch.randn(0, 5, 24),
+                "encoder_attention_mask": None,
+            },
+            ValueError,
+            r"^encoder_hidden_states: expected at least one token of one image, got float32 \[0, 5, 24\]",
+        ),
+        "no image token": (
+            {"encoder_hidden_states": torch.randn(1, 0, 24), "encoder_attention_mask": None},
+            ValueError,
+            r"^encoder_hidden_states: expected at least one token of one image, got float32 \[1, 0, 24\]",
+        ),
+        "queries elsewhere": (
+            {"query_embeds": torch.randn(2, 7, WIDTH, device="meta")},
+            ValueError,
+            "^query_embeds: expected a tensor on cpu, got one on meta",
+        ),
+        "image elsewhere": (
+            {"encoder_hidden_states": torch.randn(2, 5, 24, device="meta"), "encoder_attention_mask": None},
+            ValueError,
+            "^encoder_hidden_states: expected a tensor on cpu, got one on meta",
+        ),
+        "image mask elsewhere": (
+            {"encoder_attention_mask": torch.ones(2, 5, device="meta")},
+            ValueError,
+            "^encoder_attention_mask: expected a tensor on cpu, got one on meta",
+        ),
         "mask without image": ({"encoder_hidden_states": None}, ValueError, "encoder_attention_mask"),
         "image mask length": (
             {"encoder_attention_mask": torch.ones(2, 6)},
@@ -358,6 +393,19 @@ class TestBadInput:
             TypeError,
             "past_key_values: expected a QFormerCache, got tuple",
         ),
+        **{
+            f"{switch} that is none": (
+                {switch: value},
+                TypeError,
+                f"^{switch}: expected a bool, got {type(value).__name__} {value!r}",
+            )
+            for switch, value in (
+                ("output_attentions", "no"),
+                ("output_hidden_states", 0),
+                ("queries_only", "no"),
+                ("use_cache", 3),
+            )
+        },
         "row keys": ({"row_keys": torch.ones(2, 6).int()}, ValueError, r"row_keys: expected int32 \[2, 7\]"),
         "row keys' dtype": ({"row_keys": torch.ones(2, 7)}, TypeError, "row_keys: expected int32"),
     }
@@ -373,6 +421,12 @@ class TestBadInput:
         for use_fused in (False, True):
             out = build(blip2_config(), use_fused)(**self.arguments()).last_hidden_state
             assert out.shape == (2, 7, WIDTH)
+
+    def test_use_fused_is_a_bool_at_any_time(self):
+        model = build(blip2_config())
+        with pytest.raises(TypeError, match=r"^use_fused: expected a bool, got str 'no'"):
+            model.use_fused = "no"
+        assert model.use_fused is False
 
     def test_text_without_text_networks(self):
         with pytest.raises(

@@ -279,6 +279,7 @@ BAD = [
         "'torch' cannot serve",
     ),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number"),
+    ({"validate": "x"}, TypeError, "validate: expected a bool, got str 'x'"),
     (
         {"backend": "flash"},
         ValueError,

@@ -365,6 +365,7 @@ BAD = [
     ),
     ({"expand_queries": 1}, TypeError, "expand_queries: expected a bool, got int 1"),
     ({"padding_idx": 11}, ValueError, "padding_idx: expected an int in [0, 10], got 11"),
+    ({"validate": "x"}, TypeError, "validate: expected a bool, got str 'x'"),
     ({"eps": -1e-5}, ValueError, "eps: expected a finite number >= 0, got -1e-05"),
     ({"eps": math.nan}, ValueError, "eps: expected"),
     ({"dropout": 1.0}, ValueError, "dropout: expected a number in [0, 1), got 1.0"),

@@ -347,6 +347,7 @@ BAD = [
     ({"scale": torch.tensor(0.1)}, TypeError, "scale: expected a finite number, got float32 []"),
     ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
     ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    ({"validate": "x"}, TypeError, "validate: expected a bool, got str 'x'"),
     (
         {"backend": "flash"},
         ValueError,

@@ -239,6 +239,8 @@ BAD_CALLS = [
         ValueError,
         "generator: expected one of meta, got one of cpu",
     ),
+    (lambda: philox.threshold(1.0), ValueError, "p: expected a number in [0, 1), got 1.0"),
+    (lambda: philox.keep_scale("half"), TypeError, "p: expected a number in [0, 1), got str 'half'"),
     (
         lambda: philox.draw_key(generator=5),
         TypeError,

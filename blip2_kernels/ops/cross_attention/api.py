@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...checks import check_tensor
+from ...checks import check_bool, check_tensor
 from ...layout import padded_row_keys
 from ..backends import choose_backend
 from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
@@ -64,6 +64,7 @@ def cross_attention(
     check_projections(q, k, v, ["S", "Q"], ["images", "tokens"])
     samples, queries = q.shape[:2]
     images, tokens = k.shape[:2]
+    check_bool("validate", validate)
     check_image_index(image_index, samples, images, q.device, validate)
     check_image_tokens(image_lengths, image_mask, images, tokens, q.device, validate)
     if row_keys is not None:

@@ -84,6 +84,7 @@ def embed_tokens(
         raise ValueError(f"weight: expected at least one channel, got {describe(weight)}")
     check_tensor("bias", bias, [width], *alike)
     query_rows = _check_queries(queries, layout, width, expand_queries, alike)
+    check_bool("validate", validate)
     token_ids, place_ids = _check_text(
         input_ids, words, positions, position_ids, layout, width, alike, validate
     )

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...checks import check_tensor, describe
+from ...checks import check_bool, check_tensor, describe
 from ..backends import choose_backend
 from ..dense_attention import DTYPES, no_autocast
 from ..image_arguments import check_image_index, check_image_tokens, visible_tokens
@@ -65,6 +65,7 @@ def latent_attention(
         raise ValueError(f"q: expected at least one channel, got {describe(q)}")
     check_tensor("features", features, ["images", "tokens", width], [q.dtype], q.device)
     images, tokens = features.shape[:2]
+    check_bool("validate", validate)
     check_image_index(image_index, samples, images, q.device, validate)
     check_image_tokens(image_lengths, image_mask, images, tokens, q.device, validate)
     _check_scale(scale)
