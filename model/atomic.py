@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all: written beside their place, then renamed into it."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,14 +33,40 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """The name of a new file that takes the place of `path` when the block ends, flushed to the disk."""
+def shared_folder(path: Path) -> Iterator[Path]:
+    """A new folder that becomes `path` when the block ends, flushed to the disk, unless `path` has come to be
+    by then: several processes may make it at once, and what the first has made is left alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = beside(path, "partial")
+    partial = beside(path, f"{secrets.token_hex(4)}.partial")
+    partial.mkdir()
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        sync_directory(partial)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def replaced_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """The name of a new file that takes the place of `path` when the block ends, flushed to the disk.
+
+    With `shared` several processes may write it at once: each has a new file of its own, and the last one's
+    stays. What a process that died left behind is then not written over by the next.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = beside(path, f"{secrets.token_hex(4)}.partial" if shared else "partial")
+    try:
+        yield partial
+        _sync_file(partial)
         os.replace(partial, path)
         sync_directory(path.parent)
     except BaseException:
@@ -87,14 +114,18 @@ def write_tensors(path: Path, state: dict[str, Tensor], metadata: dict[str, str]
     except safetensors.SafetensorError as error:
         # A full disk arrives here as a library error with the operating system's text in it.
         raise OSError(f"{path.name}: cannot write: {error}") from error
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    _sync_file(path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 

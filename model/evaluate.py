@@ -1,10 +1,8 @@
 """Figures that say how good a model is, each beside what chance would give.
 
 Small pure functions: scores (or logits, or captions) and what is right go in, numbers come out. Ties are
-always
-counted against the model, so that constant scores are worth nothing: a model that says the same about every
-    pair
-has recall 0, not 1.
+always counted against the model, so that constant scores are worth nothing: a model that says the same about
+every pair has recall 0, not 1.
 """
 
 import math

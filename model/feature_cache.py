@@ -8,9 +8,7 @@ damaged one is known by its name, thrown away, and its pictures are encoded agai
 
 import contextlib
 import hashlib
-import os
 import re
-import secrets
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from blip2_kernels.checks import check_folder, check_function, check_int, check_tensor, describe
 
+from .atomic import replaced_file
 from .images import UnfitPixelsError, open_image
 
 if TYPE_CHECKING:
@@ -377,17 +376,8 @@ class FeatureCache:
         if not shard:
             return
         content = save(shard)
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        temporary = path.with_name(f"{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replaced_file(path, shared=True) as partial:
+            partial.write_bytes(content)
         self._shards.update(dict.fromkeys(shard, path))
         shard.clear()

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from blip2_kernels.checks import check_binary, check_function, check_int, check_tensor, describe
+from blip2_kernels.checks import (
+    INTEGERS,
+    check_binary,
+    check_function,
+    check_int,
+    check_range,
+    check_tensor,
+    describe,
+)
 from blip2_kernels.layout import MASK_DTYPES
 
 from .base import Blip2Base, PreparedImages, evaluation_mode
@@ -125,8 +133,9 @@ class Blip2ForImageTextRetrieval(Blip2Base):
             image_feats = self.project_image(self.image_hidden(prepared)).float()
             # A query at a time, so that no [chunk, Q, M] tensor ever exists.
             best = scores[start : start + batch_size].fill_(-torch.inf)
-            for query in image_feats.unbind(1):
-                torch.maximum(best, query @ text_feats.T, out=best)
+            with _full_precision(best):
+                for query in image_feats.unbind(1):
+                    torch.maximum(best, query @ text_feats.T, out=best)
             done = _report(progress, done + len(image_feats), total)
         return scores
 
@@ -150,10 +159,48 @@ class Blip2ForImageTextRetrieval(Blip2Base):
         attention_mask = self.check_text(input_ids, attention_mask)
         texts = len(input_ids)
         pairs = torch.arange(len(images) * texts, device=input_ids.device)
-        logits = self._pair_logits(
+        logits = self._logits_by_image(
             images, input_ids, attention_mask, pairs // texts, pairs % texts, batch_size, progress
         )
         return logits.unflatten(0, (len(images), texts))
+
+    def pair_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Matching logits (no match, match) of each of M texts with one of N images, fp32 [M, 2].
+
+        An image is prepared once, however many texts it meets and in whatever order they come.
+
+        Args:
+            image_index: integers [M] in [0, N), the image of each text; default image s for text s.
+
+        Other arguments and errors as `itm_logits`.
+        """
+        images = self._image_chunks(image_features, pixel_values, image_mask)
+        attention_mask = self.check_text(input_ids, attention_mask)
+        texts = len(input_ids)
+        if image_index is None:
+            if len(images) != texts:
+                raise ValueError(
+                    f"image_index: expected one for {len(images)} images and {texts} texts, got None"
+                )
+            image_index = torch.arange(texts, device=input_ids.device)
+        check_tensor("image_index", image_index, [texts], INTEGERS, input_ids.device)
+        check_range("image_index", image_index, len(images), force=True)
+        image_of, text_of = image_index.long().sort(stable=True)
+        logits = self._logits_by_image(
+            images, input_ids, attention_mask, image_of, text_of, batch_size, progress
+        )
+        return logits[text_of.argsort()]
 
     def itm_scores(
         self,
@@ -233,7 +280,9 @@ class Blip2ForImageTextRetrieval(Blip2Base):
         best_images = torch.zeros_like(best_texts)
         best_images.scatter_(0, itc.topk(min(k, itc.shape[0]), dim=0).indices, True)
         image_of, text_of = (best_texts | best_images).nonzero(as_tuple=True)
-        logits = self._pair_logits(images, input_ids, attention_mask, image_of, text_of, batch_size, progress)
+        logits = self._logits_by_image(
+            images, input_ids, attention_mask, image_of, text_of, batch_size, progress
+        )
         scores = torch.full_like(itc, NOT_SCORED)
         scores[image_of, text_of] = logits[:, 1] + itc[image_of, text_of]
         return RerankOutput(
@@ -243,7 +292,7 @@ class Blip2ForImageTextRetrieval(Blip2Base):
         )
 
     @torch.no_grad()
-    def _pair_logits(
+    def _logits_by_image(
         self,
         images: "_Images",
         input_ids: Tensor,
@@ -273,7 +322,8 @@ class Blip2ForImageTextRetrieval(Blip2Base):
                         attention_mask[text_of[pairs]],
                         image_index=image_of[pairs] - start,
                     )
-                    logits[pairs] = self.match(hidden).float()
+                    with _full_precision(hidden):
+                        logits[pairs] = self.match(hidden.to(self.itm_head.weight.dtype)).float()
                     _report(progress, pairs.stop, len(image_of))
         return logits
 
@@ -322,6 +372,11 @@ class _Images:
     def kept(self, samples: int) -> "_Images":
         """The same, prepared as a whole, once."""
         return replace(self, prepared=self.prepare(0, len(self), samples))
+
+
+def _full_precision(beside: Tensor) -> torch.autocast:
+    """No autocast on a tensor's device: scores in half precision would tie, and ties count as wrong."""
+    return torch.autocast(beside.device.type, enabled=False)
 
 
 def _report(progress: Progress | None, done: int, total: int) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .atomic import replaced_file
 from .checkpoints import Checkpoint
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -123,10 +124,9 @@ class HistoryFile:
         self._flushed = time.perf_counter()
 
     def _begin(self, folder: Path) -> TextIO:
-        folder.mkdir(parents=True, exist_ok=True)
-        path, beside = folder / HISTORY_FILE, folder / f".{HISTORY_FILE}.partial"
-        beside.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
-        os.replace(beside, path)
+        path = folder / HISTORY_FILE
+        with replaced_file(path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         return open(path, "a", encoding="utf-8")
 
     def add(self, row: dict[str, float]) -> None:

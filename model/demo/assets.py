@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import os
-import secrets
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..atomic import shared_folder
 from ..config import Blip2PreTrainingConfig
 from ..from_bert import read_bert, start_from_bert
 from ..pretrained import load_pretrained
@@ -183,7 +182,7 @@ def load_language_model(cache_dir: Path, dtype: torch.dtype | None = None) -> tu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = cache_dir / "smollm2-135m-instruct"
-    if not (folder / "complete.json").is_file():
+    if not folder.is_dir():
         _dequantise(folder)
     dtype = dtype or (torch.bfloat16 if has_fast_bf16() else torch.float32)
     # In half precision the backward pass of the CPU's fused attention takes a quarter of a training step.
@@ -210,12 +209,6 @@ def _dequantise(folder: Path) -> None:
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
-    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
-    plain.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "complete.json").write_text(json.dumps({"source": SMOLLM2_FILE}))
-    try:
-        os.replace(temporary, folder)
-    except OSError:
-        if not (folder / "complete.json").is_file():
-            raise
+    with shared_folder(folder) as partial:
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

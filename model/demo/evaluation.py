@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..evaluate import chance_recall_at, choice_accuracy, matching_accuracy, recall_at
+from ..retrieval import Blip2ForImageTextRetrieval
 from .scenes import OPPOSITE, RELATIONS, Scene, caption_of, parse_caption
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """Padded token ids int64 [n, T] and their 0/1 mask [n, T]."""
 
     input_ids: Tensor
@@ -25,20 +26,21 @@ class Texts:
         return cls(batch["input_ids"].to(device), batch["attention_mask"].to(device))
 
 
-def recall_at(scores: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Share of rows of [n, n] whose own column (the diagonal) is among the k best; ties count against it."""
-    own = scores.diagonal()[:, None]
-    rank = (scores >= own).sum(1) - 1
-    return {f"R@{k}": (rank < k).double().mean().item() for k in ks}
+def retrieval(scores: Tensor, text_to_image: Tensor | None = None) -> dict[str, dict[str, float]]:
+    """Recall both ways of n images and their n texts.
+
+    Args:
+        scores: [images, texts], whose diagonal holds the true pairs.
+        text_to_image: [texts, images], where other scores rank the images of a text; default the same.
+    """
+    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    by_text = scores.T if text_to_image is None else text_to_image
+    return {"image_to_text": recall_at(scores, own), "text_to_image": recall_at(by_text, own)}
 
 
-def retrieval(scores: Tensor) -> dict[str, dict[str, float]]:
-    """Recall both ways from scores [images, texts] whose diagonal holds the true pairs."""
-    return {"image_to_text": recall_at(scores), "text_to_image": recall_at(scores.T)}
-
-
-def chance_retrieval(n: int, ks: Sequence[int] = (1, 5, 10)) -> dict[str, dict[str, float]]:
-    row = {f"R@{k}": min(k, n) / n for k in ks}
+def chance_retrieval(n: int) -> dict[str, dict[str, float]]:
+    """What random scores reach in :func:`retrieval` on average."""
+    row = chance_recall_at(torch.eye(n, dtype=torch.bool))
     return {"image_to_text": row, "text_to_image": dict(row)}
 
 
@@ -50,40 +52,6 @@ def relation_captions(scenes: Sequence[Scene]) -> list[str]:
 def relation_labels(scenes: Sequence[Scene]) -> Tensor:
     """Which of the four is true: int64 [len(scenes)]."""
     return torch.tensor([RELATIONS.index(str(scene.relation)) for scene in scenes])
-
-
-def choice_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows of [n, choices] whose largest score is at the label."""
-    return (scores.argmax(1) == labels).double().mean().item()
-
-
-@torch.no_grad()
-def match_logits(
-    model: Any, features: Tensor, texts: Texts, image_index: Tensor, batch_size: int = 256
-) -> Tensor:
-    """ITM score (match minus no match) of text s with image ``image_index[s]``: fp32 [samples]."""
-    images = model.prepare_images(features)
-    rows = []
-    for start in range(0, len(image_index), batch_size):
-        part = slice(start, start + batch_size)
-        hidden = model.multimodal_hidden(
-            images, texts.input_ids[part], texts.attention_mask[part], image_index=image_index[part]
-        )
-        logits = model.match(hidden).float()
-        rows.append(logits[:, 1] - logits[:, 0])
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def contrastive_scores(model: Any, features: Tensor, texts: Texts, batch_size: int = 64) -> Tensor:
-    """Cosine of each text with each image's best query: fp32 [images, texts]."""
-    text = model.get_text_features(texts.input_ids, texts.attention_mask).float()
-    rows = []
-    for part in features.split(batch_size):
-        image = model.get_image_features(image_features=part).float()
-        with torch.autocast(image.device.type, enabled=False):  # half precision would make ties
-            rows.append(torch.einsum("bqe,te->btq", image, text).amax(-1))
-    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -107,10 +75,10 @@ def query_spread(hidden: Tensor) -> Tensor:
     return within.square().sum() / hidden.square().sum()
 
 
-def matching_accuracy(positive: Tensor, negative: Tensor) -> float:
-    """Balanced share of right verdicts: matches scored above 0, others at or below."""
-    right = torch.cat([positive > 0, negative <= 0])
-    return right.double().mean().item()
+def balanced_accuracy(right: Tensor, wrong: Tensor) -> float:
+    """Share of right verdicts on n pairs that match and n that do not, from logits [n, 2] of each."""
+    labels = torch.tensor([1, 0], device=right.device).repeat_interleave(len(right))
+    return matching_accuracy(torch.cat([right, wrong]), labels)["accuracy"]
 
 
 def hardest_other(scores: Tensor) -> Tensor:
@@ -130,54 +98,48 @@ def stage1_metrics(
         features: [n, tokens, width] of the scenes.
         scenes: n scenes of two things, each pair another.
         tokenizer: of the stage-1 texts.
-        rerank: candidates of each query that ITM scores again (score = ITM + ITC, as LAVIS).
+        rerank: candidates of each query that ITM scores again.
     """
     n, device = len(scenes), features.device
     own = torch.arange(n, device=device)
     captions = [scene.caption() for scene in scenes]
-    texts = Texts.of(captions, tokenizer, device)
-    itc = contrastive_scores(model, features, texts)
-    result: dict[str, Any] = {
-        "retrieval": {"itc": retrieval(itc), "chance": chance_retrieval(n)},
+    four, relations = relation_captions(scenes), relation_labels(scenes).to(device)
+    reader = Blip2ForImageTextRetrieval.from_pretraining(model)
+    ranked = reader.rerank(*Texts.of(captions, tokenizer, device), features, k=rerank)
+    wrong = {
+        "against_hardest_caption_of_another_scene": [captions[i] for i in hardest_other(ranked.itc).tolist()],
+        "against_relation_swapped": [
+            caption_of(*scene.nouns, relation=OPPOSITE[str(scene.relation)]) for scene in scenes
+        ],
+        "against_things_exchanged": [
+            caption_of(*scene.nouns[::-1], relation=str(scene.relation)) for scene in scenes
+        ],
+    }
+    logits = reader.pair_logits(
+        *Texts.of([*captions, *chain(*wrong.values()), *four], tokenizer, device),
+        features,
+        image_index=torch.cat([own.repeat(1 + len(wrong)), own.repeat_interleave(4)]),
+    )
+    right, *others = logits[: -4 * n].split(n)
+    by_itm = logits[-4 * n :].diff(dim=1).view(n, 4)
+    by_itc = reader.itc_scores(*Texts.of(four, tokenizer, device), features).view(n, n, 4)[own, own]
+    return {
+        "retrieval": {
+            "itc": retrieval(ranked.itc),
+            "chance": chance_retrieval(n),
+            "itc_then_itm": retrieval(ranked.image_to_text, ranked.text_to_image),
+        },
         "query_spread": query_spread(query_hidden(model, features)).item(),
+        "itm_accuracy": {
+            **{name: balanced_accuracy(right, other) for name, other in zip(wrong, others, strict=True)},
+            "chance": 0.5,
+        },
+        "relation_of_four": {
+            "itm": choice_accuracy(by_itm, relations)["accuracy"],
+            "itc": choice_accuracy(by_itc, relations)["accuracy"],
+            "chance": 0.25,
+        },
     }
-
-    pairs = torch.zeros_like(itc, dtype=torch.bool)
-    pairs.scatter_(1, itc.topk(min(rerank, n), 1).indices, True)
-    pairs.scatter_(0, itc.topk(min(rerank, n), 0).indices, True)
-    image_of, text_of = pairs.nonzero(as_tuple=True)
-    some = Texts(texts.input_ids[text_of], texts.attention_mask[text_of])
-    scores = torch.full_like(itc, -1e4)
-    scores[image_of, text_of] = match_logits(model, features, some, image_of) + itc[image_of, text_of]
-    result["retrieval"]["itc_then_itm"] = retrieval(scores)
-
-    positive = match_logits(model, features, texts, own)
-    hard = hardest_other(itc)
-    hard_texts = Texts(texts.input_ids[hard], texts.attention_mask[hard])
-    opposite = [caption_of(*scene.nouns, relation=OPPOSITE[str(scene.relation)]) for scene in scenes]
-    exchanged = [caption_of(*scene.nouns[::-1], relation=str(scene.relation)) for scene in scenes]
-    result["itm_accuracy"] = {
-        "against_hardest_caption_of_another_scene": matching_accuracy(
-            positive, match_logits(model, features, hard_texts, own)
-        ),
-        "against_relation_swapped": matching_accuracy(
-            positive, match_logits(model, features, Texts.of(opposite, tokenizer, device), own)
-        ),
-        "against_things_exchanged": matching_accuracy(
-            positive, match_logits(model, features, Texts.of(exchanged, tokenizer, device), own)
-        ),
-        "chance": 0.5,
-    }
-    four = Texts.of(relation_captions(scenes), tokenizer, device)
-    labels = relation_labels(scenes).to(device)
-    by_itm = match_logits(model, features, four, own.repeat_interleave(4)).view(n, 4)
-    by_itc = contrastive_scores(model, features, four).view(n, n, 4)[own, own]
-    result["relation_of_four"] = {
-        "itm": choice_accuracy(by_itm, labels),
-        "itc": choice_accuracy(by_itc, labels),
-        "chance": 0.25,
-    }
-    return result
 
 
 def caption_shares(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -205,21 +167,17 @@ def largest_difference(model: Any, features: Tensor, texts: Texts) -> dict[str, 
     was = model.use_fused
     outputs: list[dict[str, Tensor]] = []
     own = torch.arange(len(features), device=features.device)
+    reader = Blip2ForImageTextRetrieval.from_pretraining(model)
     for use_fused in (True, False):
         model.use_fused = use_fused
         outputs.append(
             {
                 "image_embeds": model.get_image_features(image_features=features),
-                "text_embeds": model.get_text_features(texts.input_ids, texts.attention_mask),
-                "itm_logits": match_logits(model, features, texts, own),
+                "text_embeds": model.get_text_features(*texts),
+                "itm_logits": reader.pair_logits(*texts, features).diff(dim=1),
             }
         )
-        losses = model(
-            texts.input_ids,
-            texts.attention_mask,
-            image_features=features,
-            negatives=(own.roll(1), own.roll(1)),
-        )
+        losses = model(*texts, image_features=features, negatives=(own.roll(1), own.roll(1)))
         outputs[-1] |= {name: losses[name] for name in ("loss_itc", "loss_itm", "loss_itg")}
     model.use_fused = was
     return {name: (outputs[0][name] - outputs[1][name]).abs().max().item() for name in outputs[0]}

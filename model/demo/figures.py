@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..atomic import replaced_file
 from .drawing import draw
 from .scenes import Scene
 
@@ -52,13 +54,15 @@ def _save(pyplot: Any, figure: Any, path: Path, dpi: int) -> Path:
     """Whole or not at all, and small: most of these pictures are flat colours."""
     from PIL import Image
 
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=dpi, bbox_inches="tight", pad_inches=0.15)
-    pyplot.close(figure)
-    with Image.open(partial) as picture:
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, dpi=dpi, bbox_inches="tight", pad_inches=0.15)
+    finally:
+        pyplot.close(figure)
+    with Image.open(drawn) as picture:
         flat = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    flat.save(partial, optimize=True)
-    partial.replace(path)
+    with replaced_file(path) as partial:
+        flat.save(partial, "PNG", optimize=True)
     return path
 
 

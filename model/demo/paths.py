@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2_kernels.checks import check_int
+
 from ..data.batches import ShuffledBatches
 from ..generation import Blip2ForConditionalGeneration
 from ..progress import ProgressBar
@@ -107,15 +109,14 @@ def compare(
         The content of ``paths.json``: `stages`, of each stage what `summarise` gives, and how it came about.
 
     Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
         ImportError: a package of the demo is missing; all are named.
-        ValueError: fewer steps than one.
         PathsDifferError: in fp64 a loss of the first 20 steps differs by more than 1e-3 of its value. Picture
             and figures are written before.
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    output, cache = pipeline.check_arguments(output_dir, quick, seed, cache_dir, progress)
+    check_int("steps", steps, 1)
     assets.check_installed()
-    output, cache = Path(output_dir), Path(cache_dir) if cache_dir is not None else assets.default_cache_dir()
     output.mkdir(parents=True, exist_ok=True)
     plan = recipe.QUICK if quick else recipe.FULL
     results: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import sys
 import time
 import warnings
@@ -15,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2_kernels.checks import check_bool, check_folder, check_int
+
+from ..atomic import replaced_file
 from ..checkpoints import load_checkpoint, load_into
+from ..evaluate import choice_accuracy
 from ..generation import Blip2ForConditionalGeneration
 from ..memory import give_back_freed_memory
 from ..progress import ProgressBar, format_duration
+from ..retrieval import Blip2ForImageTextRetrieval
+from ..train_arguments import MAX_SEED
 from ..training_state import remove_run
 from ..vision import FeatureCache
 from . import assets, evaluation, figures, recipe, report, ridge, warm_start
@@ -65,12 +70,13 @@ def run(
     """Train both stages of BLIP-2 on scenes of OpenMoji drawings and measure them on held-out ones.
 
     Writes ``metrics.json``, ``curves.png``, ``retrieval.png``, ``attention.png``, ``captions.md`` and the
-    checkpoints ``stage1/`` and ``stage2/`` into ``output_dir``. Uses a GPU where torch sees one.
+    checkpoints ``stage1/`` (`load_stage1_checkpoint` opens them) and ``stage2/`` into ``output_dir``. Uses a
+    GPU where torch sees one.
 
     Args:
         output_dir: made if it does not exist; results of an earlier run are replaced.
         quick: a short run: everything runs, little is learned.
-        seed: of scenes, splits, initial weights and order.
+        seed: of scenes, splits, initial weights and order; at most 2**32 - 1.
         use_fused: run the Q-Former through the fused encoder.
         cache_dir: image features and the dequantised language model are kept here; default
             `assets.default_cache_dir()`.
@@ -80,11 +86,13 @@ def run(
         The content of ``metrics.json``.
 
     Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
         ImportError: a package of the demo is missing; all are named.
     """
+    output, cache = check_arguments(output_dir, quick, seed, cache_dir, progress)
+    check_bool("use_fused", use_fused)
     assets.check_installed()
     plan = recipe.QUICK if quick else recipe.FULL
-    output, cache = Path(output_dir), Path(cache_dir) if cache_dir is not None else assets.default_cache_dir()
     output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock()
@@ -184,6 +192,22 @@ def run(
     return metrics
 
 
+def check_arguments(
+    output_dir: object, quick: object, seed: object, cache_dir: object, progress: object
+) -> tuple[Path, Path]:
+    """Check what `run` and `paths.compare` both take; returns the folders of the results and of the cache.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
+    """
+    output = check_folder("output_dir", output_dir)
+    cache = assets.default_cache_dir() if cache_dir is None else check_folder("cache_dir", cache_dir)
+    check_int("seed", seed, 0, MAX_SEED)
+    check_bool("quick", quick)
+    check_bool("progress", progress)
+    return output, cache
+
+
 def start_stage2(
     stage1: Any, language_model: Any, features: Tensor, captions: Sequence[str], tokenizer: Any
 ) -> Blip2ForConditionalGeneration:
@@ -227,11 +251,14 @@ def measure_stage1(
     """Everything stage 1 is asked on held-out scenes, beside the ridge baseline and chance."""
     from transformers import AutoModel
 
+    def told(scenes: Sequence[Scene]) -> list[str]:
+        return [scene.caption() for scene in scenes]
+
     test, zero = features.test.float().to(device), features.zero_shot.float().to(device)
     with recipe.mixed_precision():
         held_out = evaluation.stage1_metrics(stage1, test, splits.test, tokenizer)
-        zero_texts = evaluation.Texts.of([scene.caption() for scene in splits.zero_shot], tokenizer, device)
-        zero_scores = evaluation.contrastive_scores(stage1, zero, zero_texts)
+        zero_texts = evaluation.Texts.of(told(splits.zero_shot), tokenizer, device)
+        zero_scores = Blip2ForImageTextRetrieval.from_pretraining(stage1).itc_scores(*zero_texts, zero)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -240,9 +267,6 @@ def measure_stage1(
     def embed(captions: list[str]) -> Tensor:
         with recipe.mixed_precision():
             return ridge.sentence_embeddings(captions, bert, tokenizer)
-
-    def told(scenes: Sequence[Scene]) -> list[str]:
-        return [scene.caption() for scene in scenes]
 
     swapped = [scene.swapped() if len(scene.things) == 2 else scene for scene in splits.train]
     both = (torch.cat([features.train, features.train]), embed(told([*splits.train, *swapped])))
@@ -255,9 +279,9 @@ def measure_stage1(
     held_out["retrieval"]["ridge"] = evaluation.retrieval(
         ridge.scores(baseline, features.test, embed(told(splits.test)))
     )
-    held_out["relation_of_four"]["ridge"] = evaluation.choice_accuracy(
+    held_out["relation_of_four"]["ridge"] = choice_accuracy(
         four[own, own], evaluation.relation_labels(splits.test)
-    )
+    )["accuracy"]
     zero_shot = {
         "itc": evaluation.retrieval(zero_scores),
         "ridge": evaluation.retrieval(
@@ -344,7 +368,8 @@ def draw_figures(
     figures.draw_curves(stage1_steps, stage2_steps, prompt_only_steps, output / "curves.png")
     texts = evaluation.Texts.of([scene.caption() for scene in scenes], tokenizer, features.device)
     with recipe.mixed_precision():
-        scores = evaluation.contrastive_scores(stage1, features.float(), texts)
+        reader = Blip2ForImageTextRetrieval.from_pretraining(stage1)
+        scores = reader.itc_scores(*texts, features.float())
     figures.draw_retrieval(scores.cpu(), scenes, output / "retrieval.png")
     shown = range(0, min(5, len(scenes)))
     maps = figures.attention_maps(stage1, features[list(shown)].float()).cpu()
@@ -353,17 +378,19 @@ def draw_figures(
 
 def save_pictures(scenes: Sequence[Scene], folder: Path, size: int = 112) -> list[str]:
     """Small PNGs of scenes, each written whole or not at all; returns their file names."""
-    folder.mkdir(parents=True, exist_ok=True)
     names = [f"{index:02d}.png" for index in range(len(scenes))]
     for scene, name in zip(scenes, names, strict=True):
-        encoded = io.BytesIO()
-        draw(scene).resize((size, size)).quantize(64).save(encoded, "PNG", optimize=True)
-        report.write_bytes(folder / name, encoded.getvalue())
+        with replaced_file(folder / name) as partial:
+            draw(scene).resize((size, size)).quantize(64).save(partial, "PNG", optimize=True)
     return names
 
 
 def load_stage1_checkpoint(folder: str | Path, *, use_fused: bool = True) -> Any:
     """The stage-1 model a run left in ``output_dir/stage1/…``, in eval mode.
+
+    For example ``load_stage1_checkpoint(latest_checkpoint("runs/demo/stage1"))``, with `latest_checkpoint` of
+    `blip2_kernels.model.checkpoints`. Its tokenizer is ``assets.load_text_tokenizer()``, and the pictures'
+    features are those of ``assets.load_image_encoder()``.
 
     A checkpoint holds what was trained; the word embeddings were not, and are MiniLM's again.
 

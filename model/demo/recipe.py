@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..generation import Blip2ForConditionalGeneration
 from ..pretraining import Blip2ForPreTraining
 from ..train import TrainResult, train
+from ..train_arguments import MAX_SEED
 from . import assets
 from .batches import SceneDataset, Stage1Collate, Stage2Collate, TwinBatches
 from .evaluation import query_spread
@@ -252,7 +253,7 @@ def train_stage2(
         schedule=hold_then_fall,
         output_dir=output_dir,
         bf16=assets.has_fast_bf16(),
-        seed=seed + 2,
+        seed=(seed + 2) % (MAX_SEED + 1),
         progress=progress,
         description=description,
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replaced_file
 from .scenes import Scene, parse_caption
 
 CREDIT = (
@@ -18,18 +18,8 @@ CREDIT = (
 
 def write_text(path: Path, text: str) -> Path:
     """Write a file in UTF-8, whole or not at all."""
-    return write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replaced_file(path) as partial:
+        partial.write_bytes(text.encode())
     return path
 
 

@@ -13,6 +13,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from blip2_kernels.checks import check_int
+
 from .concepts import NEVER_TRAINED, TRAINED, with_article
 
 PICTURE_SIZE = 224
@@ -155,7 +157,7 @@ def _background(rng: random.Random) -> Background:
 def compose_pair(first: str, second: str, relation: str, rng: random.Random) -> Scene:
     """A scene in which ``first`` lies in ``relation`` to ``second``, the rest random.
 
-    The centres lie 0.34 to 0.56 of the side apart on the relation's axis and at most half of that apart on
+    The centres lie 0.36 to 0.56 of the side apart on the relation's axis and at most half of that apart on
     the other.
     """
     dx, dy = _OFFSETS[relation]
@@ -186,7 +188,7 @@ def compose_pair(first: str, second: str, relation: str, rng: random.Random) -> 
 
 
 def compose_single(noun: str, place: str, rng: random.Random) -> Scene:
-    """A scene of one thing within 0.08 of the centre of ``place``, the rest random."""
+    """A scene of one thing, on either axis within 0.06 of the centre of ``place``, the rest random."""
     x, y = _CENTRES[place]
     thing = Thing(
         noun,
@@ -228,11 +230,16 @@ def make_splits(
         relations_a_pair: renders of each training pair, each in another relation (1 to 4).
         singles: training scenes of one thing.
         held_out: scenes in each of validation and test, each of another pair.
+
+    Raises:
+        TypeError, ValueError: a number of the wrong kind or value, or more pairs than there are.
     """
+    check_int("seed", seed, 0)
+    check_int("relations_a_pair", relations_a_pair, 1, 4)
+    for name, count in (("pairs", pairs), ("singles", singles), ("held_out", held_out)):
+        check_int(name, count, 0)
     nouns = sorted(TRAINED)
     every_pair = list(itertools.combinations(nouns, 2))
-    if not 1 <= relations_a_pair <= 4:
-        raise ValueError(f"relations_a_pair: expected 1 to 4, got {relations_a_pair}")
     if pairs + 2 * held_out > len(every_pair):
         raise ValueError(
             f"pairs, held_out: expected pairs + 2·held_out <= {len(every_pair)} (the pairs there are), "

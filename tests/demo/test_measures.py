@@ -1,6 +1,7 @@
 """The figures the report is made of, against brute force; the reports and pictures, read back."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -25,9 +26,23 @@ def test_recall_against_sorting():
     assert ours["image_to_text"] != ours["text_to_image"]
 
 
-def test_a_constant_score_earns_nothing():
-    assert evaluation.recall_at(torch.zeros(20, 20)) == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
-    assert evaluation.chance_retrieval(20)["text_to_image"] == {"R@1": 0.05, "R@5": 0.25, "R@10": 0.5}
+def test_a_constant_score_earns_nothing_and_nan_is_refused():
+    nothing = {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
+    constant = torch.zeros(20, 20)
+    assert evaluation.retrieval(constant) == {"image_to_text": nothing, "text_to_image": nothing}
+    assert evaluation.balanced_accuracy(torch.zeros(5, 2), torch.zeros(5, 2)) == 0
+    chance = evaluation.chance_retrieval(20)["text_to_image"]
+    assert chance == pytest.approx({"R@1": 0.05, "R@5": 0.25, "R@10": 0.5})
+    with pytest.raises(ValueError, match="scores: expected numbers, got NaN in 20 rows"):
+        evaluation.retrieval(constant / 0)
+
+
+def test_texts_may_rank_images_by_scores_of_their_own():
+    by_image, by_text = torch.eye(12), -torch.eye(12)
+    assert evaluation.retrieval(by_image, by_text) == {
+        "image_to_text": {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0},
+        "text_to_image": {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0},
+    }
 
 
 def test_relation_captions_hold_the_truth_once():
@@ -38,15 +53,15 @@ def test_relation_captions_hold_the_truth_once():
         four = captions[4 * i : 4 * i + 4]
         assert len(set(four)) == 4
         assert [caption == scene.caption() for caption in four].index(True) == labels[i]
-    perfect = torch.nn.functional.one_hot(torch.tensor(labels), 4).float()
-    assert evaluation.choice_accuracy(perfect, torch.tensor(labels)) == 1
-    assert evaluation.choice_accuracy(-perfect, torch.tensor(labels)) == 0
 
 
-def test_matching_accuracy_is_balanced():
-    positive, negative = torch.tensor([1.0, -1.0, 2.0]), torch.tensor([-1.0, 0.5, -3.0])
-    assert evaluation.matching_accuracy(positive, negative) == pytest.approx(4 / 6)
-    assert evaluation.matching_accuracy(torch.ones(5), torch.ones(5)) == 0.5
+def test_verdicts_count_half_on_each_side():
+    def logits(margins):
+        return torch.tensor([[5.0, 5.0 + margin] for margin in margins])
+
+    right, wrong = logits([1.0, -1.0, 2.0]), logits([-1.0, 0.5, -3.0])
+    assert evaluation.balanced_accuracy(right, wrong) == pytest.approx(4 / 6)
+    assert evaluation.balanced_accuracy(logits([1.0] * 5), logits([1.0] * 5)) == 0.5
 
 
 @pytest.mark.parametrize(("common", "own", "spread"), [(1.0, 0.0, 0.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.5)])
@@ -94,6 +109,18 @@ def test_shuffling_leaves_no_image_in_place(n):
     assert (order != torch.arange(n)).all()
 
 
+def test_a_report_that_the_disk_refuses_leaves_the_one_before(tmp_path, monkeypatch):
+    path = report.write_text(tmp_path / "metrics.json", "before")
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        report.write_text(path, "after")
+    assert path.read_text() == "before" and [*tmp_path.iterdir()] == [path]
+
+
 def test_captions_md_marks_right_and_wrong(tmp_path):
     rng = random.Random(1)
     scenes = [compose_pair("dog", "cat", "above", rng) for _ in range(3)]
@@ -106,7 +133,7 @@ def test_captions_md_marks_right_and_wrong(tmp_path):
     assert any("pictures/00.png" in line and "✓" in line and "a dog above a cat" in line for line in lines)
     assert any("a car \\| above a tree" in line and "✗" in line for line in lines)
     assert "CC BY-SA 4.0" in lines[-1]
-    assert not list(tmp_path.glob("*.partial"))
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_metrics_json_is_rounded_and_whole(tmp_path):
@@ -148,6 +175,28 @@ def test_figures_are_legible_pictures(tmp_path):
             pixels = np.asarray(picture.convert("RGB"))
         assert (pixels == 255).all(-1).mean() > 0.1 and pixels.std() > 10  # neither empty nor full
     assert sorted(p.name for p in tmp_path.iterdir()) == ["attention.png", "curves.png", "retrieval.png"]
+
+
+@pytest.mark.parametrize("part", ["matplotlib", "pillow"])
+def test_a_figure_that_fails_leaves_the_one_before_and_no_trace(tmp_path, monkeypatch, part):
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+    rows = [{"step": i + 1, "loss_itc": 3 - i / 50, "loss": 2.0} for i in range(40)]
+    path = figures.draw_curves(rows, rows, rows, tmp_path / "curves.png")
+    before = path.read_bytes()
+    saver, name = (pyplot.Figure, "savefig") if part == "matplotlib" else (Image.Image, "save")
+    save = getattr(saver, name)
+
+    def cut_short(*arguments, **options):
+        save(*arguments, **options)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(saver, name, cut_short)
+    with pytest.raises(OSError, match="no space left"):
+        figures.draw_curves(rows[:9], rows, rows, path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+    assert not pyplot.get_fignums()
 
 
 def test_retrieval_marks_the_true_picture(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from blip2_kernels.checks import check_int
 from blip2_kernels.mask import MaskMode
 from blip2_kernels.model import vision
 from blip2_kernels.model.checkpoints import latest_checkpoint
@@ -16,6 +17,7 @@ from blip2_kernels.model.demo import assets, evaluation, paths, pipeline, recipe
 from blip2_kernels.model.demo.batches import PROMPT, SceneDataset, Stage1Collate, Stage2Collate
 from blip2_kernels.model.demo.scenes import make_splits
 from blip2_kernels.model.images import ImagePreprocessing
+from blip2_kernels.model.train_arguments import MAX_SEED
 
 
 class TinyEncoder(nn.Module):
@@ -201,8 +203,6 @@ def test_the_comparison_of_both_paths_in_small(tiny, tmp_path, monkeypatch, caps
     ):
         paths.compare(tmp_path / "out", **options)
     assert (tmp_path / "out" / "paths.json").is_file()
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        paths.compare(tmp_path / "out", **options | {"steps": 0})
 
 
 def test_only_what_is_to_be_learned_is_supervised():
@@ -231,6 +231,53 @@ def test_missing_packages_are_named_before_anything_runs(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"1 more packages[\s\S]*pip install no-such-package"):
         pipeline.run(tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+REFUSED_BY_BOTH = {
+    "no seed": ({"seed": "x"}, TypeError, "seed: expected an int in .*, got str 'x'"),
+    "negative seed": ({"seed": -1}, ValueError, r"seed: expected an int in \[0, 4294967295\], got -1"),
+    "large seed": ({"seed": 2**32}, ValueError, "seed: expected an int in .*, got 4294967296"),
+    "quick": ({"quick": "yes"}, TypeError, "quick: expected a bool, got str 'yes'"),
+    "progress": ({"progress": 7}, TypeError, "progress: expected a bool, got int 7"),
+    "output": ({"output_dir": 5}, TypeError, "output_dir: expected a path, got int 5"),
+    "a file as output": (
+        {"output_dir": __file__},
+        ValueError,
+        "output_dir: expected a folder",
+    ),
+    "cache": ({"cache_dir": 3}, TypeError, "cache_dir: expected a path, got int 3"),
+}
+REFUSED_BY_RUN = {
+    "use_fused": ({"use_fused": "no"}, TypeError, "use_fused: expected a bool, got str 'no'"),
+}
+REFUSED_BY_COMPARE = {
+    "no steps": ({"steps": 0}, ValueError, "steps: expected an int >= 1, got 0"),
+    "steps' kind": ({"steps": "x"}, TypeError, "steps: expected an int >= 1, got str 'x'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "refused"),
+    [
+        pytest.param(function, refused, id=f"{function.__name__}: {case}")
+        for function, own in ((pipeline.run, REFUSED_BY_RUN), (paths.compare, REFUSED_BY_COMPARE))
+        for case, refused in (REFUSED_BY_BOTH | own).items()
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(function, refused, monkeypatch, tmp_path):
+    arguments, error, message = refused
+    monkeypatch.setattr(assets, "check_installed", lambda: pytest.fail("too late"))
+    with pytest.raises(error, match=f"^{message}"):
+        function(**{"output_dir": tmp_path / "never"} | arguments)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 2, 2**32 - 1])
+def test_every_seed_of_a_run_is_one_for_stage_2(monkeypatch, seed):
+    asked = []
+    monkeypatch.setattr(recipe, "train", lambda *arguments, **options: asked.append(options["seed"]))
+    recipe.train_stage2(None, [], (), None, recipe.QUICK, steps=2, batch_size=1, seed=seed)
+    assert check_int("seed", asked[0], 0, MAX_SEED) == (seed + 2) % 2**32
 
 
 def test_queries_start_by_looking_at_cells_of_their_own():

@@ -1,6 +1,8 @@
 """Retrieval: against transformers' Blip2ForImageTextRetrieval, against pairs scored one by one, and LAVIS's
 re-ranking."""
 
+import copy
+
 import pytest
 import torch
 from qformer_cases import IMAGE_WIDTH, SIZES, VOCABULARY, blip2_config, randomise
@@ -44,6 +46,19 @@ def inputs(images: int, texts: int, tokens: int = 6):
     return ids, mask, features, image_mask
 
 
+def count_prepared(monkeypatch) -> list[int]:
+    """Grows by the number of images of each call of `prepare_images`."""
+    prepared, prepare = [], Blip2Base.prepare_images
+
+    def counting_prepare(self, *args, **kwargs):
+        images = prepare(self, *args, **kwargs)
+        prepared.append(len(images))
+        return images
+
+    monkeypatch.setattr(Blip2Base, "prepare_images", counting_prepare)
+    return prepared
+
+
 class TestAgainstTransformers:
     @pytest.fixture(scope="class")
     @classmethod
@@ -76,21 +91,11 @@ class TestAgainstTransformers:
 
     def ours(self, theirs, use_fused: bool) -> Blip2ForImageTextRetrieval:
         """The same weights: `ln_vision` is what transformers calls the encoder's post_layernorm."""
-
-        class Encoder(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embeddings, self.encoder = theirs.vision_model.embeddings, theirs.vision_model.encoder
-
-            def forward(self, pixel_values):
-                return self.encoder(inputs_embeds=self.embeddings(pixel_values)).last_hidden_state
-
-        model = Blip2ForImageTextRetrieval(config(), use_fused=use_fused).eval()
-        state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("vision_model.")}
-        post = theirs.vision_model.post_layernorm.state_dict()
-        model.load_state_dict(state | {f"ln_vision.{k}": v for k, v in post.items()}, strict=True)
-        model.vision_model = Encoder()
-        return model
+        model = Blip2ForImageTextRetrieval(
+            config(), vision_model=copy.deepcopy(theirs.vision_model), use_fused=use_fused
+        )
+        model.load_state_dict(theirs.state_dict(), strict=True)
+        return model.eval()
 
     @BOTH_PATHS
     @pytest.mark.parametrize(("images", "texts"), [(3, 5), (1, 4), (4, 1)])
@@ -172,6 +177,37 @@ class TestScores:
                 torch.testing.assert_close(itm[i, j], logits[0], atol=1e-5, rtol=1e-5)
 
     @BOTH_PATHS
+    @pytest.mark.parametrize("batch_size", [2, 64])
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+    def test_chosen_pairs_equal_those_among_all(self, use_fused, batch_size, dtype, monkeypatch):
+        """In whatever order they come; an image is prepared once, and not at all if it meets no text."""
+        ids, mask, features, image_mask = inputs(5, 7)
+        index = torch.tensor([4, 0, 4, 1, 0, 4, 1], dtype=dtype)
+        model = build(use_fused)
+        options = {"image_features": features, "image_mask": image_mask, "batch_size": batch_size}
+        every = model.itm_logits(ids, mask, **options)
+        prepared = count_prepared(monkeypatch)
+        got = model.pair_logits(ids, mask, image_index=index, **options)
+        assert sum(prepared) == (3 if batch_size == 2 else 5)
+        torch.testing.assert_close(got, every[index.long(), torch.arange(7)], atol=1e-5, rtol=1e-5)
+        own = model.pair_logits(ids[:5], mask[:5], **options)
+        torch.testing.assert_close(own, every.diagonal().T, atol=1e-5, rtol=1e-5)
+
+    @BOTH_PATHS
+    def test_half_precision_ends_where_scores_begin(self, use_fused):
+        """Under autocast the model computes in bfloat16, but cosines and logits of it do not tie."""
+        ids, mask, features, _ = inputs(5, 7)
+        model, index = build(use_fused), torch.arange(7) % 5
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            itc, itm = model.itc_scores(ids, mask, features), model.itm_scores(ids, mask, features)
+            pairs = model.pair_logits(ids, mask, features, image_index=index)
+            image, text = model.get_image_features(features), model.get_text_features(ids, mask)
+        for scores in (itc, itm, pairs):
+            assert scores.dtype == torch.float32 and (scores != scores.bfloat16()).any()
+        expected = torch.einsum("nqe,me->nmq", image.float(), text.float()).amax(-1)
+        torch.testing.assert_close(itc, expected, atol=1e-6, rtol=0)
+
+    @BOTH_PATHS
     def test_features(self, use_fused):
         ids, mask, features, image_mask = inputs(3, 3)
         model = build(use_fused)
@@ -224,20 +260,14 @@ class TestScores:
     def test_rerank_reads_each_pair_once_and_each_image_once(self, monkeypatch):
         ids, mask, features, _ = inputs(4, 6)
         model = build(use_fused=True)
-        pairs, prepared, seen = [], [], []
-        read, prepare = Blip2Base.multimodal_hidden, Blip2Base.prepare_images
+        pairs, seen = [], []
+        read, prepared = Blip2Base.multimodal_hidden, count_prepared(monkeypatch)
 
         def counting_read(self, images, input_ids, *args, **kwargs):
             pairs.append((len(images), len(input_ids)))
             return read(self, images, input_ids, *args, **kwargs)
 
-        def counting_prepare(self, *args, **kwargs):
-            images = prepare(self, *args, **kwargs)
-            prepared.append(len(images))
-            return images
-
         monkeypatch.setattr(Blip2Base, "multimodal_hidden", counting_read)
-        monkeypatch.setattr(Blip2Base, "prepare_images", counting_prepare)
         out = model.rerank(ids, mask, features, k=2, batch_size=3, progress=lambda *done: seen.append(done))
         scored = (out.image_to_text != NOT_SCORED) | (out.text_to_image.T != NOT_SCORED)
         assert sum(count for _, count in pairs) == int(scored.sum())
@@ -296,11 +326,12 @@ class TestScores:
 
             def forward(self, pixel_values):
                 Encoder.calls += len(pixel_values)
-                return pixel_values.unflatten(1, (9, IMAGE_WIDTH))
+                return pixel_values.flatten(2)
 
         ids, mask, features, _ = inputs(4, 6)
         model = build(vision_model=Encoder())
-        by_pixels = model.rerank(ids, mask, pixel_values=features.flatten(1), k=2, batch_size=3)
+        pixels = features.unflatten(2, (4, -1))  # a channel an image token
+        by_pixels = model.rerank(ids, mask, pixel_values=pixels, k=2, batch_size=3)
         assert Encoder.calls == 4
         by_features = model.rerank(ids, mask, features, k=2, batch_size=3)
         assert torch.equal(by_pixels.image_to_text, by_features.image_to_text)
@@ -376,7 +407,7 @@ REFUSED = {
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("method", ["itc_scores", "itm_logits", "itm_scores", "rerank"])
+    @pytest.mark.parametrize("method", ["itc_scores", "itm_logits", "pair_logits", "itm_scores", "rerank"])
     @pytest.mark.parametrize("case", REFUSED)
     def test_scores(self, method, case):
         overrides, error, message = REFUSED[case]
@@ -385,6 +416,8 @@ class TestBadInput:
             "attention_mask": IDS,
             "image_features": torch.zeros(2, 9, IMAGE_WIDTH),
         }
+        if method == "pair_logits":
+            arguments["image_index"] = torch.zeros(3).long()
         with pytest.raises(error, match=message):
             getattr(build(), method)(**{**arguments, **overrides})
 
@@ -393,8 +426,9 @@ class TestBadInput:
         model = build()
 
         def refuses(error, message, index):
-            with pytest.raises(error, match=message):
-                model.get_multimodal_features(ids, mask, features, image_index=index)
+            for method in (model.get_multimodal_features, model.pair_logits):
+                with pytest.raises(error, match=message):
+                    method(ids, mask, features, image_index=index)
 
         refuses(ValueError, "image_index: expected one for 2 images and 3 texts, got None", None)
         refuses(ValueError, r"image_index: expected values in \[0, 2\), got 2", torch.tensor([0, 1, 2]))
@@ -408,26 +442,24 @@ class TestBadInput:
             build().rerank(ids, mask, features, k=0)
 
     def test_progress(self):
-        ids, mask, features, _ = inputs(2, 3)
-        for name in ("itc_scores", "itm_logits", "itm_scores", "rerank"):
+        ids, mask, features, _ = inputs(3, 3)
+        for name in ("itc_scores", "itm_logits", "pair_logits", "itm_scores", "rerank"):
             with pytest.raises(TypeError, match=r"^progress: expected a function or None, got bool True"):
                 getattr(build(), name)(ids, mask, features, progress=True)
 
     def test_configuration_and_encoder(self):
         with pytest.raises(TypeError, match="config: expected a Blip2PreTrainingConfig"):
             Blip2ForImageTextRetrieval(blip2_config())
-        with pytest.raises(TypeError, match=r"vision_model: expected a torch.nn.Module or None, got str"):
+        with pytest.raises(TypeError, match=r"vision_model: expected an nn\.Module or None, got str"):
             Blip2ForImageTextRetrieval(config(), vision_model="vit")
 
 
 class TestBase:
     def test_frozen_encoder_stays_frozen_and_in_eval_mode(self):
-        encoder = nn.Sequential(
-            nn.Linear(4, 9 * IMAGE_WIDTH), nn.Dropout(0.5), nn.Unflatten(1, (9, IMAGE_WIDTH))
-        )
+        encoder = nn.Sequential(nn.Conv2d(3, IMAGE_WIDTH, 1), nn.Dropout(0.5))
         model = build(vision_model=encoder).train()
         assert model.qformer.training and not any(module.training for module in encoder.modules())
-        pixels = torch.randn(2, 4)
+        pixels = torch.randn(2, 3, 3, 3)
         assert torch.equal(
             model.frozen_features(pixel_values=pixels), model.frozen_features(pixel_values=pixels)
         )

@@ -15,7 +15,7 @@ from blip2_kernels.model.checkpoints import latest_checkpoint, load_checkpoint
 from blip2_kernels.model.data.batches import ShuffledBatches, SizedRankBatches
 from blip2_kernels.model.optimization import learning_rate_factor
 from blip2_kernels.model.train import NonFiniteLossError, loss_parts, train, weighted_loss
-from blip2_kernels.model.training_state import read_history, remove_run
+from blip2_kernels.model.training_state import HistoryFile, read_history, remove_run
 
 pytest.importorskip("accelerate")
 
@@ -422,6 +422,21 @@ def test_resuming_refuses_what_does_not_fit(tmp_path):
     (checkpoint / "optimizer.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match=r"optimizer\.safetensors"):
         train(toy(), samples(), max_steps=4, resume_from=checkpoint, **options)
+
+
+def test_a_history_that_cannot_be_put_in_place_leaves_no_trace(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("disk full")
+
+    history = HistoryFile(tmp_path, [{"step": 1.0}])
+    history.add({"step": 2.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", refuse)
+        with pytest.raises(OSError, match="disk full"):
+            history.flush()
+    assert not [*tmp_path.iterdir()]
+    history.close()
+    assert [row["step"] for row in read_history(tmp_path)] == [1, 2]
 
 
 def test_history_on_disk_survives_a_line_cut_short(tmp_path):
