@@ -75,6 +75,25 @@ def query_spread(hidden: Tensor) -> Tensor:
     return within.square().sum() / hidden.square().sum()
 
 
+def query_distance(hidden: Tensor) -> Tensor:
+    """How far a query is from the one most like it, [] in fp32.
+
+    Two groups of like queries make a large `query_spread`, and may still be two voices alone.
+
+    Args:
+        hidden: [n, Q, C], what the queries of n pictures end as, Q at least 2.
+
+    Returns:
+        Mean over queries and pictures of the squared distance to the nearest other query of the picture, as a
+        share of that between queries with nothing in common. 0 if each has its like.
+    """
+    hidden = hidden.float() - hidden.float().mean(0)
+    apart = (hidden[:, :, None] - hidden[:, None]).square().sum(-1)
+    itself = torch.eye(hidden.shape[1], dtype=torch.bool, device=hidden.device)
+    nearest = apart.masked_fill(itself, torch.inf).amin(-1)
+    return nearest.mean() / (2 * hidden.square().sum(-1).mean())
+
+
 def balanced_accuracy(right: Tensor, wrong: Tensor) -> float:
     """Share of right verdicts on n pairs that match and n that do not, from logits [n, 2] of each."""
     labels = torch.tensor([1, 0], device=right.device).repeat_interleave(len(right))
@@ -105,6 +124,7 @@ def stage1_metrics(
     captions = [scene.caption() for scene in scenes]
     four, relations = relation_captions(scenes), relation_labels(scenes).to(device)
     reader = Blip2ForImageTextRetrieval.from_pretraining(model)
+    queries = query_hidden(model, features)
     ranked = reader.rerank(*Texts.of(captions, tokenizer, device), features, k=rerank)
     wrong = {
         "against_hardest_caption_of_another_scene": [captions[i] for i in hardest_other(ranked.itc).tolist()],
@@ -129,7 +149,8 @@ def stage1_metrics(
             "chance": chance_retrieval(n),
             "itc_then_itm": retrieval(ranked.image_to_text, ranked.text_to_image),
         },
-        "query_spread": query_spread(query_hidden(model, features)).item(),
+        "query_spread": query_spread(queries).item(),
+        "query_distance": query_distance(queries).item(),
         "itm_accuracy": {
             **{name: balanced_accuracy(right, other) for name, other in zip(wrong, others, strict=True)},
             "chance": 0.5,

@@ -111,7 +111,11 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"{itm['against_relation_swapped']:.2f}",
             f"hardest other caption {itm['against_hardest_caption_of_another_scene']:.2f} · chance 0.5",
         ),
-        ("how different the queries of a picture are", f"{stage1['query_spread']:.2f}", "0: all alike"),
+        (
+            "how far a query is from the one most like it",
+            f"{stage1['query_distance']:.2f}",
+            "0: each has its like",
+        ),
         (
             "generated captions: both things right",
             f"{captions['generated']['concepts_right']:.2f}",

@@ -74,6 +74,15 @@ def test_query_spread_is_the_share_within_pictures(common, own, spread):
     assert evaluation.query_spread(hidden).item() == pytest.approx(spread, abs=0.03)
 
 
+def test_query_distance_sees_groups_of_like_queries():
+    """Two groups differ from one another as much as two queries can; no query differs from its neighbour."""
+    two = torch.randn(50, 2, 400)
+    groups = 5.0 + two[:, [0, 0, 1, 1]]
+    assert evaluation.query_spread(groups) > 0.45 and evaluation.query_distance(groups) == 0
+    assert evaluation.query_distance(5.0 + two).item() == pytest.approx(1.0, abs=0.05)
+    assert evaluation.query_distance(groups + torch.randn(50, 4, 400)).item() == pytest.approx(0.5, abs=0.05)
+
+
 def test_query_hidden_is_what_all_pictures_give():
     class Model:
         def encode_image(self, image_features):

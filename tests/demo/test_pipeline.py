@@ -127,7 +127,7 @@ def test_the_whole_demo_in_small(tiny, tmp_path, monkeypatch):
     for table in held_out["retrieval"].values():
         for direction in ("image_to_text", "text_to_image"):
             assert 0 <= table[direction]["R@1"] <= table[direction]["R@5"] <= table[direction]["R@10"] <= 1
-    assert 0 < held_out["query_spread"] <= 1
+    assert 0 < held_out["query_spread"] <= 1 and held_out["query_distance"] > 0
     assert set(held_out["relation_of_four"]) == {"itm", "itc", "ridge", "chance"}
     assert {"against_relation_swapped", "against_hardest_caption_of_another_scene"} <= set(
         held_out["itm_accuracy"]
@@ -358,12 +358,17 @@ def test_queries_that_become_one_are_driven_apart(alike):
     generator = torch.Generator().manual_seed(0)
     shared, own = (torch.randn(8, n, 6, generator=generator) for n in (1, 4))
     hidden = (shared + 0.3 * alike * own).requires_grad_()
-    before, loss = evaluation.query_spread(hidden.detach()), recipe.queries_apart(hidden)
-    assert before < recipe.LEAST_SPREAD and 0 < loss <= recipe.LEAST_SPREAD**0.5
+    before, loss = evaluation.query_distance(hidden.detach()), recipe.queries_apart(hidden)
+    assert before < recipe.LEAST_DISTANCE and 0 < loss <= recipe.LEAST_DISTANCE**0.5
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert gradient.isfinite().all()
     if alike:
-        assert evaluation.query_spread(hidden.detach() - 0.1 * gradient / gradient.norm()) > before
+        assert evaluation.query_distance(hidden.detach() - 0.1 * gradient / gradient.norm()) > before
+
+
+def test_two_groups_of_like_queries_are_driven_apart():
+    groups = torch.randn(8, 2, 6)[:, [0, 0, 1, 1]] + 1e-3 * torch.randn(8, 4, 6)
+    assert recipe.queries_apart(groups) > 0.9 * recipe.LEAST_DISTANCE**0.5
 
 
 def test_queries_that_differ_are_left_alone():
@@ -380,7 +385,7 @@ def test_the_steps_of_stage_1_hold_the_queries_apart():
     model, steps = Alike([1.0]), recipe.ContrastFirst(300)
     model.hidden = torch.randn(20, 1, 4).expand(-1, 3, -1)
     for step in range(40):  # on ITC alone, and with the others in turn
-        assert steps(model, {}, step).loss == pytest.approx(recipe.LEAST_SPREAD**0.5, abs=2e-3)
+        assert steps(model, {}, step).loss == pytest.approx(recipe.LEAST_DISTANCE**0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize(
