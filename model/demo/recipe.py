@@ -47,7 +47,7 @@ class Recipe:
         encode_batch_size: pictures a forward pass of the image encoder.
     """
 
-    pairs: int = 2400
+    pairs: int = 4600
     relations_a_pair: int = 2
     singles: int = 500
     held_out: int = 160
