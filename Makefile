@@ -33,7 +33,7 @@ help:
 	@echo "make test        unit and parity tests, on the CPU and on a GPU where torch sees one (15 minutes on"
 	@echo "                 2 fast cores)"
 	@echo "make test-compiled  what waits for a compiler: kernels for one kind of GPU within their budget, the"
-	@echo "                 operators under sanitizers and for each kind of CPU, the wheel (5 minutes more)"
+	@echo "                 operators under sanitizers and for each kind of CPU, the wheel"
 	@echo "make test-quick  the tests that take seconds"
 	@echo "make test-kernels  2,000 random cases of each attention kernel, in Triton's interpreter where there is"
 	@echo "                 no GPU (about half an hour), then compilations for every kind of GPU and"

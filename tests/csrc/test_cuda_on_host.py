@@ -18,7 +18,7 @@ from operator_checks import (
 
 from blip2_kernels.ops.philox import draw_key
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.compiles, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_yardstick
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.compiles, pytest.mark.slow]
 WIDTH = 4096
 ROWS = (1 << 31) // WIDTH + 3
 TAIL = ROWS // -(-ROWS // 64)
