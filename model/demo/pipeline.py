@@ -128,7 +128,7 @@ def run(
     language_model.to(device)
     clock.start("stage2")
     stage1.eval()
-    stage2 = start_stage2(stage1, language_model, features.train, captions, llm_tokenizer)
+    stage2 = start_stage2(stage1, language_model, features.train, splits.train, llm_tokenizer)
     collate = Stage2Collate(llm_tokenizer)
     common: dict[str, Any] = {"seed": seed, "progress": progress}
     blind = copy.deepcopy(stage2, memo={id(language_model): language_model})
@@ -209,12 +209,12 @@ def check_arguments(
 
 
 def start_stage2(
-    stage1: Any, language_model: Any, features: Tensor, captions: Sequence[str], tokenizer: Any
+    stage1: Any, language_model: Any, features: Tensor, scenes: Sequence[Scene], tokenizer: Any
 ) -> Blip2ForConditionalGeneration:
-    """Stage 2 from stage 1's weights; the projection starts from the training captions."""
+    """Stage 2 from stage 1's weights; the projection starts from the training scenes."""
     model = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
     with recipe.mixed_precision():
-        warm_start.start_projection(model, features, captions, tokenizer)
+        warm_start.start_projection(model, features, scenes, tokenizer)
     return model
 
 

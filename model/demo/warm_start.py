@@ -7,7 +7,7 @@ weights start from what the training captions and features give by themselves:
 - what it reads there is in words: ridge regression from mean features to the words of the captions
   (`start_in_words`);
 - in stage 2 the language projection is ridge regression from what the queries have become to the language
-  model's words for what their cells show (`start_projection`).
+  model's words for what each tells of (`start_projection`).
 
 None of them is held fixed.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..pretraining import Blip2ForPreTraining
 from ..vision import sine_positions_2d
 from .evaluation import Texts
 from .ridge import Ridge, fit_ridge
+from .scenes import Scene
 
 RELATIVE_PENALTY = 0.02
 """Penalty of the ridge regressions as a share of the inputs' mean squared deviation."""
@@ -37,8 +39,8 @@ SOME = 64
 ENOUGH = 3000
 """Samples from which the language projection is fitted."""
 
-WHERE_TO_WHAT = 0.5
-"""Norm of the words for a query's place beside that of the words for what it sees."""
+RELATION_TO_THING = 0.5
+"""Norm of the words for the relation beside that of the words for the thing that a query tells of."""
 
 
 @torch.no_grad()
@@ -117,39 +119,45 @@ def _resemble_text(model: Blip2ForPreTraining, seen: Tensor, texts: Texts) -> No
 
 @torch.no_grad()
 def start_projection(
-    model: Blip2ForConditionalGeneration, features: Tensor, captions: Sequence[str], tokenizer: Any
+    model: Blip2ForConditionalGeneration, features: Tensor, scenes: Sequence[Scene], tokenizer: Any
 ) -> None:
-    """Let each query's soft prompt start as the language model's words for what its cell shows, and where.
+    """Let each query's soft prompt start as the language model's words for what the query tells of.
 
-    As in `start_in_words`, a ridge regression from mean features to the mean embedding of the captions' words
-    is applied to each cell of the grid; the words for the cell's place ("left" to "right", "top" to "bottom")
-    are added. The projection is the ridge regression from the queries' hidden states to that, scaled to the
-    norm of an embedding: a much louder soft prompt silences the language model.
+    Stage 1 has taken the queries away from their cells. A query tells of that one of a picture's two things,
+    in reading order, which a ridge regression finds better in its states. The projection becomes one ridge
+    regression for all queries, from their states to the words of that thing and, more quietly, those of the
+    relation. It is scaled to the norm of an embedding: a much louder soft prompt silences the language model.
 
     Args:
-        model: stage 2, from a stage 1 that started on a grid.
-        features: [n, tokens, width] of training pictures, before ``ln_vision``; square grids of tokens.
-        captions: n texts, one a picture.
+        model: stage 2, from a trained stage 1.
+        features: [n, tokens, width] of training pictures, before ``ln_vision``.
+        scenes: n, of which those of two things are used.
         tokenizer: the language model's.
     """
     words = model.language_model.get_input_embeddings().weight.float()
-    queries, side = model.query_tokens, math.isqrt(model.query_tokens.shape[1])
-    states, cells, means = [], [], []
-    for part in features[:ENOUGH].split(SOME):
-        seen = model.ln_vision(part.to(queries.device, model.ln_vision.weight.dtype))
-        hidden = model.qformer(queries.expand(len(seen), -1, -1), encoder_hidden_states=seen)
-        states.append(hidden.last_hidden_state.float())
-        grid = seen.float().transpose(1, 2).unflatten(2, (math.isqrt(seen.shape[1]), -1))
-        cells.append(F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2))
-        means.append(seen.float().mean(1))
-    told = _mean_words(words, tokenizer(list(captions[:ENOUGH]), add_special_tokens=False))
-    ridge = _fit(torch.cat(means), told)
-    what = (torch.cat(cells).double() - ridge.x_mean) @ ridge.weight
-    where = _places(words, tokenizer, side)
-    read = what / _norm(what) + WHERE_TO_WHAT * where / _norm(where)
-    x = torch.cat(states)
-    ridge = _fit(x.flatten(0, 1), read.flatten(0, 1))
-    _become(model.language_projection, ridge, _scale(ridge, x[:SOME], words.norm(dim=1).mean().item()))
+    chosen = [index for index, scene in enumerate(scenes) if len(scene.things) == 2][:ENOUGH]
+    told = [scenes[index].in_reading_order() for index in chosen]
+    things = [_meanings(words, tokenizer, [scene.nouns[place] for scene in told]) for place in (0, 1)]
+    relation = _meanings(words, tokenizer, [str(scene.relation) for scene in told])
+    states = torch.cat([_query_states(model, part) for part in features[chosen].split(SOME)])
+    read = torch.stack([min(things, key=partial(_left_over, query)) for query in states.unbind(1)], dim=1)
+    read = read + RELATION_TO_THING * relation[:, None]
+    ridge = _fit(states.flatten(0, 1), read.flatten(0, 1))
+    scale = _scale(ridge, states[:SOME], words.norm(dim=1).mean().item())
+    _become(model.language_projection, ridge, scale)
+
+
+def _query_states(model: Blip2ForConditionalGeneration, features: Tensor) -> Tensor:
+    """What the queries end as, fp32 [n, Q, C]."""
+    seen = model.ln_vision(features.to(model.query_tokens.device, model.ln_vision.weight.dtype))
+    queries = model.query_tokens.expand(len(seen), -1, -1)
+    return model.qformer(queries, encoder_hidden_states=seen).last_hidden_state.float()
+
+
+def _left_over(x: Tensor, y: Tensor) -> float:
+    """Squared error a row of ridge regression, fitted on one half of the rows and judged on the other."""
+    half = len(x) // 2
+    return (_fit(x[:half], y[:half])(x[half:]) - y[half:]).square().sum(1).mean().item()
 
 
 # ------------------------------------------------------------------------------------------------ in common
@@ -166,13 +174,12 @@ def _mean_words(words: Tensor, texts: Any) -> Tensor:
     return torch.stack([words[row].mean(0) for row in texts["input_ids"]])
 
 
-def _places(words: Tensor, tokenizer: Any, side: int) -> Tensor:
-    """Where each cell of a square grid lies, in words: [side * side, width], row by row, centred."""
-    ends = tokenizer([" left", " right", " top", " bottom"], add_special_tokens=False)
-    left, right, top, bottom = _mean_words(words, ends)
-    along = torch.linspace(-0.5, 0.5, side, device=words.device)[:, None]
-    columns, rows = along * (right - left), along * (bottom - top)
-    return (rows[:, None] + columns[None]).flatten(0, 1)
+def _meanings(words: Tensor, tokenizer: Any, phrases: Sequence[str]) -> Tensor:
+    """The words of n phrases, [n, width], without what all have in common and with norm 1 on average."""
+    texts = tokenizer([f" {phrase}" for phrase in phrases], add_special_tokens=False)
+    told = _mean_words(words, texts)
+    told = told - told.mean(0)
+    return told / _norm(told).clamp_min(torch.finfo(told.dtype).tiny)
 
 
 def _norm(rows: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """The closed forms that the demo starts from, on pictures of known content: one code a thing, linear."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from blip2_kernels.model.demo import assets, warm_start
 from blip2_kernels.model.demo.concepts import TRAINED, with_article
+from blip2_kernels.model.demo.scenes import Background, Scene, Thing
 from blip2_kernels.model.generation import Blip2ForConditionalGeneration
 
 NOUNS = sorted(TRAINED)[:12]
@@ -72,12 +75,9 @@ def test_text_reads_the_queries_about_as_it_reads_text(pictures, device):
 
 
 @torch.no_grad()
-def test_the_soft_prompt_starts_as_words_for_the_cell_and_its_place(pictures):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    features, _ = pictures
-    stage1, tokenizer = assets.load_stage1(4).eval(), assets.load_text_tokenizer()
-    warm_start.start_in_words(stage1, features, CAPTIONS, tokenizer)
+def test_the_soft_prompt_starts_as_words_for_what_each_query_tells_of(monkeypatch):
+    """Queries 0 and 2 know the first thing in reading order better than the second, 1 and 3 the second."""
+    tokenizer, rng = assets.load_text_tokenizer(), random.Random(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -85,19 +85,41 @@ def test_the_soft_prompt_starts_as_words_for_the_cell_and_its_place(pictures):
         num_hidden_layers=1,
         num_attention_heads=2,
     )
-    model = Blip2ForConditionalGeneration.from_pretraining(stage1, LlamaForCausalLM(config))
-    warm_start.start_projection(model, features, CAPTIONS, tokenizer)
+    model = Blip2ForConditionalGeneration.from_pretraining(assets.load_stage1(4), LlamaForCausalLM(config))
+    width = model.config.qformer.hidden_size
+    codes, relation_codes = torch.randn(4, 2, 12, width), torch.randn(2, width)
+    nouns = [rng.sample(NOUNS, 2) for _ in range(1000)]
+    first, second = torch.tensor([[NOUNS.index(noun) for noun in pair] for pair in nouns]).T
+    below = torch.tensor([rng.random() < 0.5 for _ in nouns])
+    told, other = torch.stack([first, second] * 2), torch.stack([second, first] * 2)
+    states = torch.stack(
+        [own[0, t] + 0.3 * own[1, o] for own, t, o in zip(codes, told, other, strict=True)], 1
+    )
+    states += relation_codes[below.long()][:, None] + torch.randn(4, width) + 0.1 * torch.randn(states.shape)
+    scenes = []
+    for pair, is_below in zip(nouns, below.tolist(), strict=True):
+        places = ((0.5, 0.2), (0.5, 0.8)) if is_below else ((0.2, 0.5), (0.8, 0.5))
+        things = [Thing(noun, *place, 0.2, 0.0) for noun, place in zip(pair, places, strict=True)]
+        scene = Scene(tuple(things), Background("plain", ((0, 0, 0), (0, 0, 0))))
+        scenes.append(scene.swapped() if rng.random() < 0.5 else scene)
+    scenes[7] = replace(scenes[7], things=scenes[7].things[:1])  # not among those that count
+    states[7] = torch.nan
+    monkeypatch.setattr(warm_start, "_query_states", lambda _, features: features)
+    warm_start.start_projection(model, states, scenes, tokenizer)
 
-    prompt = model.soft_prompt(image_features=features)
-    words = model.language_model.get_input_embeddings().weight
+    states[7] = 0.0
+    prompt, words = model.language_projection(states), model.language_model.get_input_embeddings().weight
     norm = prompt.square().sum(-1).mean().sqrt()
     assert norm == pytest.approx(words.norm(dim=1).mean().item(), rel=0.1)
-    # Queries 0 to 3 look at the cells of a 2 x 2 grid, row by row.
-    top_left, top_right, bottom_left, bottom_right = prompt.mean(0)
-    left, right, top, bottom = words[tokenizer.convert_tokens_to_ids(["left", "right", "top", "bottom"])]
-    beside, above = (
-        top_left + bottom_left - top_right - bottom_right,
-        top_left + top_right - bottom_left - bottom_right,
-    )
-    assert F.cosine_similarity(beside, left - right, dim=0) > 0.5
-    assert F.cosine_similarity(above, top - bottom, dim=0) > 0.5
+
+    def of(phrase):
+        return words[tokenizer(phrase, add_special_tokens=False)["input_ids"]].mean(0)
+
+    known = centred(torch.stack([of(noun) for noun in NOUNS]))
+    for query in range(4):
+        shown = centred(prompt[:, query]) @ known.T
+        assert (shown.argmax(1) == told[query]).double().mean() > 0.9
+        of_told, of_other = (shown.gather(1, things[query, :, None]).mean() for things in (told, other))
+        assert of_other < 0.1 * of_told
+    difference = prompt[below].mean((0, 1)) - prompt[~below].mean((0, 1))
+    assert F.cosine_similarity(difference, of("above") - of("left of"), dim=0) > 0.5
