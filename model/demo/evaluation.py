@@ -85,7 +85,8 @@ def query_distance(hidden: Tensor) -> Tensor:
 
     Returns:
         Mean over queries and pictures of the squared distance to the nearest other query of the picture, as a
-        share of that between queries with nothing in common. 0 if each has its like.
+        share of that between queries with nothing in common. 0 if each has its like; one query far from the
+        others, which are one, makes it large all the same.
     """
     hidden = hidden.float() - hidden.float().mean(0)
     apart = (hidden[:, :, None] - hidden[:, None]).square().sum(-1)

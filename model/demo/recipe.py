@@ -98,7 +98,8 @@ would cost a third of a step."""
 
 
 LEAST_DISTANCE = 0.15
-"""How far a query has to be from the one most like it (`query_distance`). The closed forms begin at 0.13."""
+"""How far queries have to be from those most like them, on average (`query_distance`). The closed forms begin
+at 0.13. Asked of each query alone, matching is not learned in time: it is the mean over queries."""
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"hardest other caption {itm['against_hardest_caption_of_another_scene']:.2f} · chance 0.5",
         ),
         (
-            "how far a query is from the one most like it",
+            "how far queries are from those most like them",
             f"{stage1['query_distance']:.2f}",
             "0: each has its like",
         ),
