@@ -51,17 +51,19 @@ GRID += [
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "case",
-    GRID,
+    ("case", "dropout"),
+    # A text of 130 has the dropout of all that go by blocks; one of 512 would take the interpreter long.
+    [(case, dropout) for case in GRID for dropout in ((0.0,) if case.width == 512 else (0.0, 0.1))],
     ids=lambda c: (
         f"{'-'.join(m.name for m in c.modes)}-{c.width}-{c.head_dim}-{str(c.dtype)[6:]}"
         + "-padded" * c.padded
+        if isinstance(c, SelfCase)
+        else str(c)
     ),
 )
 def test_grid(case, dropout):
-    heads = 1 if case.width == 512 else 2
+    heads = 1 if case.width > 100 else 2
     check(replace(case, dropout=dropout, heads=heads))
 
 
