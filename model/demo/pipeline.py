@@ -214,7 +214,7 @@ def start_stage2(
     """Stage 2 from stage 1's weights; the projection starts from the training scenes."""
     model = Blip2ForConditionalGeneration.from_pretraining(stage1, language_model)
     with recipe.mixed_precision():
-        warm_start.start_projection(model, features, scenes, tokenizer)
+        warm_start.start_projection(model, stage1, features, scenes, tokenizer)
     return model
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..generation import Blip2ForConditionalGeneration
 from ..pretraining import Blip2ForPreTraining
 from ..vision import sine_positions_2d
-from .evaluation import Texts
+from .evaluation import Texts, query_hidden
 from .ridge import Ridge, fit_ridge
 from .scenes import Scene
 
@@ -119,7 +119,11 @@ def _resemble_text(model: Blip2ForPreTraining, seen: Tensor, texts: Texts) -> No
 
 @torch.no_grad()
 def start_projection(
-    model: Blip2ForConditionalGeneration, features: Tensor, scenes: Sequence[Scene], tokenizer: Any
+    model: Blip2ForConditionalGeneration,
+    stage1: Blip2ForPreTraining,
+    features: Tensor,
+    scenes: Sequence[Scene],
+    tokenizer: Any,
 ) -> None:
     """Let each query's soft prompt start as the language model's words for what the query tells of.
 
@@ -129,7 +133,8 @@ def start_projection(
     relation. It is scaled to the norm of an embedding: a much louder soft prompt silences the language model.
 
     Args:
-        model: stage 2, from a trained stage 1.
+        model: stage 2.
+        stage1: the trained stage 1 it comes from, in eval mode.
         features: [n, tokens, width] of training pictures, before ``ln_vision``.
         scenes: n, of which those of two things are used.
         tokenizer: the language model's.
@@ -139,19 +144,13 @@ def start_projection(
     told = [scenes[index].in_reading_order() for index in chosen]
     things = [_meanings(words, tokenizer, [scene.nouns[place] for scene in told]) for place in (0, 1)]
     relation = _meanings(words, tokenizer, [str(scene.relation) for scene in told])
-    states = torch.cat([_query_states(model, part) for part in features[chosen].split(SOME)])
+    parts = torch.tensor(chosen).split(SOME)
+    states = torch.cat([query_hidden(stage1, features[part].to(words)) for part in parts])
     read = torch.stack([min(things, key=partial(_left_over, query)) for query in states.unbind(1)], dim=1)
     read = read + RELATION_TO_THING * relation[:, None]
     ridge = _fit(states.flatten(0, 1), read.flatten(0, 1))
     scale = _scale(ridge, states[:SOME], words.norm(dim=1).mean().item())
     _become(model.language_projection, ridge, scale)
-
-
-def _query_states(model: Blip2ForConditionalGeneration, features: Tensor) -> Tensor:
-    """What the queries end as, fp32 [n, Q, C]."""
-    seen = model.ln_vision(features.to(model.query_tokens.device, model.ln_vision.weight.dtype))
-    queries = model.query_tokens.expand(len(seen), -1, -1)
-    return model.qformer(queries, encoder_hidden_states=seen).last_hidden_state.float()
 
 
 def _left_over(x: Tensor, y: Tensor) -> float:

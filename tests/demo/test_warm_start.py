@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_text_reads_the_queries_about_as_it_reads_text(pictures, device):
 
 
 @torch.no_grad()
-def test_the_soft_prompt_starts_as_words_for_what_each_query_tells_of(monkeypatch):
+def test_the_soft_prompt_starts_as_words_for_what_each_query_tells_of():
     """Queries 0 and 2 know the first thing in reading order better than the second, 1 and 3 the second."""
     tokenizer, rng = assets.load_text_tokenizer(), random.Random(0)
     config = LlamaConfig(
@@ -104,8 +105,8 @@ def test_the_soft_prompt_starts_as_words_for_what_each_query_tells_of(monkeypatc
         scenes.append(scene.swapped() if rng.random() < 0.5 else scene)
     scenes[7] = replace(scenes[7], things=scenes[7].things[:1])  # not among those that count
     states[7] = torch.nan
-    monkeypatch.setattr(warm_start, "_query_states", lambda _, features: features)
-    warm_start.start_projection(model, states, scenes, tokenizer)
+    reads = SimpleNamespace(encode_image=lambda image_features: image_features)
+    warm_start.start_projection(model, reads, states, scenes, tokenizer)
 
     states[7] = 0.0
     prompt, words = model.language_projection(states), model.language_model.get_input_embeddings().weight
