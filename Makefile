@@ -79,6 +79,8 @@ mutants: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@echo "== bench: all groups of cases beside their peers; what is wrong is not timed"
 	@$(BIN)/python -m pytest bench --full --benchmark-quiet --results $(ARGS); status=$$?; \
+	echo "== bench: the same once more, in a process of its own, pooled with the first" && \
+	$(BIN)/python -m pytest bench --full --benchmark-quiet --results --again $(ARGS); \
 	$(BIN)/python bench/report.py && exit $$status
 
 gpu-report:

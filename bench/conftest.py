@@ -22,6 +22,7 @@ import pytest
 import torch
 from about import device_folder, revision
 from cases import FULL, SHORT, Setting, Spec
+from cores import Cores
 from runner import Results, Row, Runner
 
 from blip2_kernels.model.memory import keep_freed_memory
@@ -155,16 +156,18 @@ class House:
         full, disabled = config.getoption("--full"), config.getoption("benchmark_disable", False)
         self.revision = revision()
         profiles, again = config.getoption("--profile"), config.getoption("--again")
+        threaded = setting.device == "cpu" and torch.get_num_threads() > 1
         self.resume = config.getoption("--resume") and not (profiles or again)
         self.runner = Runner(
             setting,
             Results.at(path),
             rounds=config.getoption("--rounds") or (41 if full and setting.device == "cpu" else 21),
-            seconds=config.getoption("--seconds") or (10.0 if full else 3.0),
+            seconds=config.getoption("--seconds") or (6.0 if full else 3.0),
             budget=config.getoption("--budget"),
             check_only=config.getoption("--warm") or disabled or profiles,
             profiles=profiles,
             again=again,
+            cores=Cores() if threaded and not setting.tiny else None,
         )
         self.wanted: dict[str, list[str]] = {}
         for item in filter(case_of, items):

@@ -25,6 +25,8 @@ from blip2_kernels.ops.linear import linear
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing of its own
 
 Call = Callable[[], object]
+FEWEST = 5
+"""Rounds that a time is told of, even where they take long or the machine is not steady."""
 
 
 def said(error: BaseException) -> str:
@@ -41,6 +43,7 @@ class Timing:
         median, p20, p80: over the rounds.
         rounds: how many there were.
         each: what every round took, in order.
+        unsteady: rounds among them that should not have counted, for want of others.
     """
 
     median: float
@@ -48,9 +51,10 @@ class Timing:
     p80: float
     rounds: int
     each: tuple[float, ...] = ()
+    unsteady: int = 0
 
     @classmethod
-    def of(cls, milliseconds: Sequence[float]) -> "Timing":
+    def of(cls, milliseconds: Sequence[float], unsteady: int = 0) -> "Timing":
         ordered = sorted(milliseconds)
         last = len(ordered) - 1
         return cls(
@@ -59,6 +63,7 @@ class Timing:
             ordered[round(0.8 * last)],
             len(ordered),
             tuple(milliseconds),
+            unsteady,
         )
 
     def over(self, other: "Timing") -> "Timing":
@@ -71,7 +76,7 @@ class Timing:
     def json(self) -> dict[str, float]:
         kept = asdict(self)
         del kept["each"]
-        return kept
+        return kept if self.unsteady else {key: value for key, value in kept.items() if key != "unsteady"}
 
 
 @dataclass
@@ -110,20 +115,40 @@ def _between_events(run: Call) -> float:
     return begin.elapsed_time(end)
 
 
+def always() -> bool:
+    return True
+
+
 def _in_turn(
-    runs: Mapping[str, Call], calls: Mapping[str, int], rounds: int, clock: Callable[[Call], float]
+    runs: Mapping[str, Call],
+    calls: Mapping[str, int],
+    rounds: int,
+    clock: Callable[[Call], float],
+    steady: Callable[[], bool] = always,
 ) -> dict[str, Timing | str]:
-    """A timing of each, or the reason why it stopped: the others go on."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    """A timing of each, or the reason why it stopped: the others go on.
+
+    A round counts if `steady` before and after it; else there is another, at most twice as many in all. Where
+    fewer than `FEWEST` count, all do.
+    """
+    counted: list[dict[str, float]] = []
+    others: list[dict[str, float]] = []
     stopped: dict[str, Timing | str] = {}
-    for _ in range(rounds):
+    while len(counted) < rounds and len(counted) + len(others) < 2 * rounds:
+        a_round: dict[str, float] = {}
+        begun = steady()
         for name, run in runs.items():
             if name not in stopped:
                 try:
-                    times[name].append(clock(run) / calls[name])
+                    a_round[name] = clock(run) / calls[name]
                 except Exception as error:
                     stopped[name] = said(error)
-    return {name: Timing.of(values) for name, values in times.items() if name not in stopped} | stopped
+        (counted if begun and steady() else others).append(a_round)
+    unsteady = 0
+    if len(counted) < min(FEWEST, rounds):
+        unsteady, counted = len(others), counted + others
+    running = [name for name in runs if name not in stopped]
+    return {name: Timing.of([it[name] for it in counted], unsteady) for name in running} | stopped
 
 
 def device_times(
@@ -168,6 +193,7 @@ def eager_times(
     rounds: int = 20,
     least_ms: float = 2.0,
     seconds: float | None = None,
+    steady: Callable[[], bool] = always,
 ) -> dict[str, Timing | str]:
     """Time of a call as it stands, one after the other.
 
@@ -175,7 +201,8 @@ def eager_times(
         peers: by name, the same call on several sets of inputs.
         rounds: timed rounds a peer, at most.
         least_ms: a round takes at least so long.
-        seconds: fewer rounds, but five, where all of them would take longer.
+        seconds: fewer rounds, but `FEWEST`, where all of them would take longer.
+        steady: whether a round counts that begins or ends now.
     """
     clock = _between_events if device == "cuda" else wall
     runs: dict[str, Call] = {}
@@ -200,8 +227,8 @@ def eager_times(
         runs[name], counts[name] = run, copies * len(calls)
         a_round += counts[name] * once / 1e3
     if seconds is not None and a_round:
-        rounds = max(min(5, rounds), min(rounds, round(seconds / a_round)))
-    return failed | _in_turn(runs, counts, rounds, clock)
+        rounds = max(min(FEWEST, rounds), min(rounds, round(seconds / a_round)))
+    return failed | _in_turn(runs, counts, rounds, clock, steady)
 
 
 def host_times(

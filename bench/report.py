@@ -140,8 +140,9 @@ def head_of(rows: Sequence[Row]) -> list[str]:
     """Device and versions; said for each revision where rows are of several."""
     lines: list[str] = []
     seen = []
+    of_a_run = ("date", "clocks_mhz", "roofline", "hand_over_us")
     for row in rows:
-        facts = {k: v for k, v in row["about"].items() if k not in ("date", "clocks_mhz", "roofline")}
+        facts = {k: v for k, v in row["about"].items() if k not in of_a_run}
         if not facts or facts in seen:
             continue
         seen.append(facts)
@@ -149,6 +150,10 @@ def head_of(rows: Sequence[Row]) -> list[str]:
         lines += [f"- {name}: {'none' if value is None else value}" for name, value in facts.items()]
         lines.append(f"- date: {row['about']['date']}")
         lines.append(f"- a copy moves {roofline['copy'] / 1e9:,.1f} GB/s, read and written")
+        if "hand_over_us" in row["about"]:
+            lines.append(
+                f"- an operation of 65,536 numbers on all threads: {row['about']['hand_over_us']:.1f} us"
+            )
         lines += [
             f"- a matrix product in {dtype}: {flops / 1e12:,.3g} TFLOP/s"
             for dtype, flops in roofline["matmul"].items()
@@ -181,6 +186,9 @@ def table(rows: Sequence[Row]) -> list[str]:
                 ratio += f" [{row['ratio']['low']:.2f}, {row['ratio']['high']:.2f}]"
             if cuda and row["ratio"].get("of") == "call":
                 ratio += " of calls"
+        if row["eager"] and row["eager"].get("unsteady"):
+            apart = f"cores apart in {row['eager']['unsteady']} of {row['eager']['rounds']} rounds"
+            remark = "; ".join(filter(None, (remark, apart)))
         if row["share"] is not None:
             ratio = f"{100 * row['share']:.1f}% of the whole"
         device, warm, host = (row[kind] for kind in ("device_time", "warm", "host"))

@@ -15,6 +15,7 @@ import about
 import measure
 import torch
 from cases import Case, Peer, Result, Setting, Spec
+from cores import Cores
 from measure import Timing, said
 from report import read_rows, time_of
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +42,8 @@ def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     made |= {key: max(known[key], more[key]) for key in ("p80", "high") if key in more}
     if "rounds" in more:
         made["rounds"] = known["rounds"] + more["rounds"]
+    if unsteady := known.get("unsteady", 0) + more.get("unsteady", 0):
+        made["unsteady"] = unsteady
     made |= {key: more[key] for key in ("of",) if key in more}
     return {**made, "each": each}
 
@@ -250,6 +253,7 @@ class Runner:
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
             slower, so this is for a process of its own.
         again: time rows that are there once more, and pool: they were checked and counted before.
+        cores: those of the CPU: rounds count while they are near. None looks at none.
         lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
 
@@ -261,6 +265,7 @@ class Runner:
     check_only: bool = False
     profiles: bool = False
     again: bool = False
+    cores: Cores | None = None
     lost: str | None = None
     begun: float = field(default_factory=time.perf_counter)
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -377,9 +382,16 @@ class Runner:
     def facts(self) -> dict[str, Any]:
         """Where, with what and how this is measured; the roofline is measured when first asked for."""
         if not self._facts:
+            self._steady()
             self._roofline = measure.Roofline.measure(self.setting.device, self.setting.tiny)
             self._facts = about.about(self._roofline, self.setting.device) | {"tiny": self.setting.tiny}
+            if self.cores is not None:
+                self._facts["hand_over_us"] = self.cores.nearest
         return self._facts
+
+    def _steady(self) -> bool:
+        """Whether a time that begins or ends now is one of this machine as it is told."""
+        return self.cores is None or self.cores.settle()
 
     def _check(self, case: Case, rows: Mapping[str, Row]) -> None:
         """Run every peer and compare it: one that is wrong is not timed."""
@@ -410,7 +422,7 @@ class Runner:
         running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
         rounds = max(1, round(self.rounds * case.rounds))
         calls = {name: peer.calls for name, peer in running.items()}
-        limits = {} if cuda else {"least_ms": CPU_ROUND_MS, "seconds": self.seconds}
+        limits = {} if cuda else {"least_ms": CPU_ROUND_MS, "seconds": self.seconds, "steady": self._steady}
         of_calls: dict[str, Timing] = {}
         eager = measure.eager_times(calls, self.setting.device, rounds=rounds, **limits)
         for name, timing in eager.items():

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ H200 = ROOT / "bench" / "results" / "nvidia-h200"
 def bench(monkeypatch) -> SimpleNamespace:
     """Modules of bench/ by name, as they import one another."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("attention_peers", "bench_attention", "cases", "report", "runner")
+    names = ("attention_peers", "bench_attention", "cases", "cores", "measure", "report", "runner")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -247,6 +248,60 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.runner.about, "revision", lambda: "another")
     rows, after = process(True, {"ours": [9.0] * 5, "plain": [9.0] * 5})
     assert after == kept and rows["plain"].absent == "no figures of revision another are kept"
+
+
+def test_rounds_count_while_the_cores_are_near(bench):
+    """Those that begin or end while they are apart are run again; where they stay apart, it is said."""
+    apart = [False]
+
+    def call() -> None:
+        if apart[0]:
+            time.sleep(0.005)
+
+    told = [True, True, True, False, False, True, *[True] * 12]
+    left = told.copy()
+
+    def steady() -> bool:
+        apart[0] = not left.pop(0)
+        return not apart[0]
+
+    made = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=5, least_ms=0.0, steady=steady)["ours"]
+    assert made.rounds == 5 and made.p80 < 2.5, made
+    assert len(told) - len(left) == 2 + 2 + 1 + 4 * 2 and "unsteady" not in made.json()
+
+    made = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=6, least_ms=0.0, steady=lambda: False)
+    assert made["ours"].json()["unsteady"] == made["ours"].rounds == 12
+    row = bench.runner.Row("planted", "case", "ours", eager=made["ours"].json())
+    assert "cores apart in 12 of 12 rounds" in bench.report.table([vars(row)])[-1]
+    pooled = bench.runner.pooled(made["ours"].json(), made["ours"].json())
+    assert pooled["unsteady"] == pooled["rounds"] == 24
+
+
+def test_waiting_for_near_cores(bench, monkeypatch):
+    """Until they are as near as they have been; not for ever, and in a process not for long in all."""
+    assert 0 < bench.cores.Cores().hand_over() < 1e6
+    told, spins = iter([]), []
+    clock = SimpleNamespace(perf_counter=lambda: float(len(spins)))
+
+    class Planted(bench.cores.Cores):
+        def hand_over(self) -> float:
+            taken = next(told)
+            self.nearest = min(self.nearest, taken)
+            return taken
+
+    monkeypatch.setattr(bench.cores, "spin", lambda: spins.append(1))
+    monkeypatch.setattr(bench.cores, "time", clock)
+    cores = Planted(patience=20.0)
+    told = iter([6.0] * 4 + [4.0] * 6 + [4.3])
+    assert cores.settle() and len(spins) == bench.cores.SPINS_AT_FIRST and cores.nearest == 4.0
+    told, spins[:] = iter([6.0, 6.1, 5.2, 4.9]), []
+    assert cores.settle() and len(spins) == 3
+    told, spins[:] = iter([6.0] * 100), []
+    assert not cores.settle(15.0) and len(spins) == 15
+    spins.clear()
+    assert not cores.settle(15.0) and len(spins) == 2
+    spins.clear()
+    assert not cores.settle(15.0) and not spins
 
 
 def test_results_that_are_written_leave_the_revision_as_it_was(bench, tmp_path, monkeypatch):

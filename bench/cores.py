@@ -1,0 +1,74 @@
+"""How near to each other the cores are that this process computes on, and waiting until they are near.
+
+A virtual machine's cores move between those of its host, and stay for seconds or minutes. Two that share a
+cache hand work to each other in two thirds of the time of two that do not, which in turn read memory faster.
+So the same calls, timed in the same way, take up to 40% longer or shorter, and not all of them alike: it is
+as if a run changed the machine it runs on. Times are told of near cores.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FAR = 1.25
+"""Cores are apart while a hand-over takes more than so many times the shortest one seen."""
+SPIN = 0.4
+"""Seconds on one thread, while which the host may move the other's core."""
+SPINS_AT_FIRST = 10
+"""Before these nobody knows how near the cores can be."""
+
+
+def shared_work() -> Tensor:
+    """What torch just about splits between two threads."""
+    return torch.zeros(2 * 32768)
+
+
+@dataclass
+class Cores:
+    """The cores of this process, watched.
+
+    Attributes:
+        patience: seconds that waiting may still take in this process, the first look not counted.
+        nearest: microseconds of the shortest hand-over yet.
+    """
+
+    patience: float = 240.0
+    nearest: float = float("inf")
+    _work: Tensor = field(default_factory=shared_work)
+
+    def hand_over(self) -> float:
+        """Microseconds that a small operation on all threads takes now."""
+        times = []
+        for _ in range(50):
+            begin = time.perf_counter()
+            self._work.add_(1.0)
+            times.append(time.perf_counter() - begin)
+        taken = statistics.median(times[10:]) * 1e6  # the first ones wake the other thread
+        self.nearest = min(self.nearest, taken)
+        return taken
+
+    def are_near(self) -> bool:
+        return self.hand_over() <= FAR * self.nearest
+
+    def settle(self, seconds: float = 15.0) -> bool:
+        """Whether the cores are near, having waited for it so long at most."""
+        if self.nearest == float("inf"):
+            for _ in range(SPINS_AT_FIRST):
+                spin()
+                self.hand_over()
+        begun = time.perf_counter()
+        least = min(seconds, self.patience)
+        while not (near := self.are_near()) and time.perf_counter() - begun < least:
+            spin()
+        self.patience -= time.perf_counter() - begun
+        return near
+
+
+def spin() -> None:
+    """Be busy on one thread and leave the others idle."""
+    until = time.perf_counter() + SPIN
+    while time.perf_counter() < until:
+        pass
