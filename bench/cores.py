@@ -19,6 +19,8 @@ SPIN = 0.4
 """Seconds on one thread, while which the host may move the other's core."""
 SPINS_AT_FIRST = 10
 """Before these nobody knows how near the cores can be."""
+RESIGNED = 60.0
+"""Seconds for which nobody waits after having waited in vain."""
 
 
 def shared_work() -> Tensor:
@@ -37,6 +39,7 @@ class Cores:
 
     patience: float = 240.0
     nearest: float = float("inf")
+    _resigned_until: float = float("-inf")
     _work: Tensor = field(default_factory=shared_work)
 
     def hand_over(self) -> float:
@@ -60,10 +63,13 @@ class Cores:
                 spin()
                 self.hand_over()
         begun = time.perf_counter()
-        least = min(seconds, self.patience)
-        while not (near := self.are_near()) and time.perf_counter() - begun < least:
+        until = begun + min(seconds, self.patience)
+        while not (near := self.are_near()) and self._resigned_until < time.perf_counter() < until:
             spin()
-        self.patience -= time.perf_counter() - begun
+        now = time.perf_counter()
+        self.patience -= now - begun
+        if not near and now >= until:
+            self._resigned_until = now + RESIGNED
         return near
 
 

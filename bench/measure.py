@@ -27,6 +27,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing o
 Call = Callable[[], object]
 FEWEST = 5
 """Rounds that a time is told of, even where they take long or the machine is not steady."""
+LONG = 1.0
+"""Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
 
 
 def said(error: BaseException) -> str:
@@ -228,7 +230,7 @@ def eager_times(
         a_round += counts[name] * once / 1e3
     if seconds is not None and a_round:
         rounds = max(min(FEWEST, rounds), min(rounds, round(seconds / a_round)))
-    return failed | _in_turn(runs, counts, rounds, clock, steady)
+    return failed | _in_turn(runs, counts, rounds, clock, always if a_round > LONG else steady)
 
 
 def host_times(

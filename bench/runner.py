@@ -107,12 +107,14 @@ class Row:
         return time_of(vars(self))
 
     def pool(self, again: "Row") -> None:
-        """Take in the times of another process."""
+        """Take in the times of another process; those of a steady machine alone, where one has any."""
         self.failed = again.failed
+        unsteady, again_unsteady = ("unsteady" in (row.eager or {}) for row in (self, again))
         for kind in ("device_time", "warm", "eager", "host", "ratio"):
             mine, its = getattr(self, kind), getattr(again, kind)
             if isinstance(mine, dict) and isinstance(its, dict):
-                setattr(self, kind, pooled(mine, its))
+                both = pooled(mine, its) if unsteady == again_unsteady else its if unsteady else mine
+                setattr(self, kind, both)
         self.near_roofline()
 
     def near_roofline(self) -> None:

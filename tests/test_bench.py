@@ -250,7 +250,7 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     assert after == kept and rows["plain"].absent == "no figures of revision another are kept"
 
 
-def test_rounds_count_while_the_cores_are_near(bench):
+def test_rounds_count_while_the_cores_are_near(bench, monkeypatch):
     """Those that begin or end while they are apart are run again; where they stay apart, it is said."""
     apart = [False]
 
@@ -271,10 +271,17 @@ def test_rounds_count_while_the_cores_are_near(bench):
 
     made = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=6, least_ms=0.0, steady=lambda: False)
     assert made["ours"].json()["unsteady"] == made["ours"].rounds == 12
+    monkeypatch.setattr(bench.measure, "LONG", 0.0)
+    long = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=6, least_ms=0.0, steady=lambda: False)
+    assert long["ours"].rounds == 6 and "unsteady" not in long["ours"].json()
     row = bench.runner.Row("planted", "case", "ours", eager=made["ours"].json())
     assert "cores apart in 12 of 12 rounds" in bench.report.table([vars(row)])[-1]
-    pooled = bench.runner.pooled(made["ours"].json(), made["ours"].json())
-    assert pooled["unsteady"] == pooled["rounds"] == 24
+    near = bench.runner.Row("planted", "case", "ours", eager=long["ours"].json())
+    for one, other, rounds in ((row, row, 24), (row, near, 6), (near, row, 6), (near, near, 12)):
+        pooled = dataclasses.replace(one)
+        pooled.pool(other)
+        assert pooled.eager["rounds"] == rounds, (one, other)
+        assert pooled.eager.get("unsteady", 0) == (24 if one is other is row else 0)
 
 
 def test_waiting_for_near_cores(bench, monkeypatch):
@@ -298,10 +305,13 @@ def test_waiting_for_near_cores(bench, monkeypatch):
     assert cores.settle() and len(spins) == 3
     told, spins[:] = iter([6.0] * 100), []
     assert not cores.settle(15.0) and len(spins) == 15
-    spins.clear()
-    assert not cores.settle(15.0) and len(spins) == 2
-    spins.clear()
-    assert not cores.settle(15.0) and not spins
+    assert not cores.settle(15.0) and len(spins) == 15, "having waited in vain it waits again at once"
+    spins += [1] * (int(bench.cores.RESIGNED) + 1)
+    spent = len(spins)
+    assert not cores.settle(15.0) and len(spins) == spent + 2, "in all it waits longer than it may"
+    spins += [1] * 1000
+    spent = len(spins)
+    assert not cores.settle(15.0) and len(spins) == spent
 
 
 def test_results_that_are_written_leave_the_revision_as_it_was(bench, tmp_path, monkeypatch):
