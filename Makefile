@@ -30,7 +30,7 @@ SOURCES = pyproject.toml setup.py $(wildcard csrc/*) requirements-demo-assets.tx
 help:
 	@echo "make demo        train BLIP-2 on real pictures in two stages, write runs/demo (about 12 minutes"
 	@echo "                 on 2 fast cores; make demo ARGS=--quick is a short version)"
-	@echo "make test        unit and parity tests, on the CPU and on a GPU where torch sees one (15 minutes on"
+	@echo "make test        unit and parity tests, on the CPU and on a GPU where torch sees one (10 minutes on"
 	@echo "                 2 fast cores)"
 	@echo "make test-compiled  what waits for a compiler: kernels for one kind of GPU within their budget, the"
 	@echo "                 operators under sanitizers and for each kind of CPU, the wheel"
@@ -39,7 +39,7 @@ help:
 	@echo "                 no GPU (about half an hour), then compilations for every kind of GPU and"
 	@echo "                 every configuration against its compile budget"
 	@echo "make mutants     plant small faults in the kernels, one by one, and see the tests catch them"
-	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about 25"
+	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about 45"
 	@echo "                 minutes on 2 cores): bench/results/<device>/report.md with pictures"
 	@echo "                 (make bench ARGS=--only=stage1 is a part; pytest bench/ takes a few minutes)"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
