@@ -1,9 +1,9 @@
 """How near to each other the cores are that this process computes on, and waiting until they are near.
 
-A virtual machine's cores move between those of its host, and stay for seconds or minutes. Two that share a
-cache hand work to each other in two thirds of the time of two that do not, which in turn read memory faster.
-So the same calls, timed in the same way, take up to 40% longer or shorter, and not all of them alike: it is
-as if a run changed the machine it runs on. Times are told of near cores.
+On a virtual machine two threads at times take half as long again, for seconds or minutes, to hand work to
+each other, and copy large memory faster meanwhile: as if its host had moved one of the cores away from the
+cache that they share. The same calls, timed in the same way, then take up to 40% longer or shorter, and not
+all of them alike, as if a run changed machines. So times are told of near cores.
 """
 
 import statistics
