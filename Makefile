@@ -77,10 +77,9 @@ mutants: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutants.py --jobs $(JOBS) $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	@echo "== bench: all groups of cases beside their peers; what is wrong is not timed"
-	@$(BIN)/python -m pytest bench --full --benchmark-quiet --results $(ARGS); status=$$?; \
-	echo "== bench: the same once more, in a process of its own, pooled with the first" && \
-	$(BIN)/python -m pytest bench --full --benchmark-quiet --results --again $(ARGS); \
+	@echo "== bench: all groups of cases beside their peers, in two processes that are pooled; what is wrong is not timed"
+	@status=0; for again in "" --again; do \
+	$(BIN)/python -m pytest bench --full --benchmark-quiet --results $$again $(ARGS) || status=$$?; done; \
 	$(BIN)/python bench/report.py && exit $$status
 
 gpu-report:

@@ -9,8 +9,10 @@ all of them alike, as if a run changed machines. So times are told of near cores
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from measure import wall
 from torch import Tensor
 
 FAR = 1.25
@@ -44,12 +46,8 @@ class Cores:
 
     def hand_over(self) -> float:
         """Microseconds that a small operation on all threads takes now."""
-        times = []
-        for _ in range(50):
-            begin = time.perf_counter()
-            self._work.add_(1.0)
-            times.append(time.perf_counter() - begin)
-        taken = statistics.median(times[10:]) * 1e6  # the first ones wake the other thread
+        times = [wall(partial(self._work.add_, 1.0)) for _ in range(50)]
+        taken = statistics.median(times[10:]) * 1e3  # the first ones wake the other thread
         self.nearest = min(self.nearest, taken)
         return taken
 
