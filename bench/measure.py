@@ -27,6 +27,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing o
 Call = Callable[[], object]
 FEWEST = 5
 """Rounds that a time is told of, even where they take long or the machine is not steady."""
+LONGEST_PRODUCT = 2.0
+"""Seconds of the matrix product that tells a device's speed, at most."""
 LONG = 1.0
 """Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
 
@@ -269,7 +271,9 @@ class Roofline:
 
     @classmethod
     def measure(cls, device: str = "cuda", tiny: bool = False) -> "Roofline":
-        """Measure on random data: 1 GiB and 8192-square matrices; on a CPU 256 MiB and 2048-square."""
+        """Measure on random data: 1 GiB and 8192-square matrices; on a CPU 256 MiB and 2048-square, or an
+        eighth of that where one such product would take more than `LONGEST_PRODUCT` (bfloat16 on a CPU
+        that has no instructions for it)."""
         copied, side = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
         if tiny:
             copied, side = copied >> 6, side >> 3
@@ -287,10 +291,15 @@ class Roofline:
         copy = 2 * copied / fastest(lambda: target.copy_(source))
         matmul = {}
         for dtype in (torch.float32, torch.bfloat16):
-            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-            # On a CPU torch carries two libraries, and either may be the faster one.
-            seconds = fastest(lambda a=a, b=b: a @ b, lambda a=a, b=b: linear(a, b))
-            matmul[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
+
+            def seconds(side: int, dtype: torch.dtype = dtype) -> float:
+                a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+                # On a CPU torch carries two libraries, and either may be the faster one.
+                return fastest(lambda: a @ b, lambda: linear(a, b))
+
+            small = side // 8
+            large = small if 8**3 * seconds(small) > LONGEST_PRODUCT else side
+            matmul[str(dtype).removeprefix("torch.")] = 2 * large**3 / seconds(large)
         return cls(copy, matmul)
 
     def floor_ms(self, moved: float, operations: float = 0.0, dtype: str = "bfloat16") -> float:

@@ -28,6 +28,8 @@ INTERVAL_FLOOR = 0.03
 process to process, and no round of one process shows it."""
 CPU_ROUND_MS = 10.0
 """A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
+TOO_SLOW = 4.0
+"""A device whose products take so many times as long as in float32 has no instructions for that precision."""
 LOST = "lost the GPU"
 SPENT = "the budget"
 """How the reasons begin why a case ended the use of the GPU, and why it did not begin."""
@@ -372,6 +374,10 @@ class Runner:
             peer = case.peers[name]
             if isinstance(peer, str):
                 row.absent = peer
+        if (reason := self._without(dtype)) is not None:
+            for row in rows.values():
+                row.absent = row.absent or reason
+            return
         self._check(case, rows)
         if self.check_only:
             return
@@ -390,6 +396,18 @@ class Runner:
             if self.cores is not None:
                 self._facts["hand_over_us"] = self.cores.nearest
         return self._facts
+
+    def _without(self, dtype: str) -> str | None:
+        """Why nobody computes in a precision here."""
+        if self.setting.tiny or dtype == "float32":
+            return None
+        speed = self.facts()["roofline"]["matmul"]
+        times = speed["float32"] / speed[dtype]
+        return (
+            f"a product in {dtype} takes {times:.0f} times as long as in float32 here"
+            if times > TOO_SLOW
+            else None
+        )
 
     def _steady(self) -> bool:
         """Whether a time that begins or ends now is one of this machine as it is told."""

@@ -204,6 +204,42 @@ def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(benc
     assert ours["seed"] == 0 and ours["bytes"] == 32.0 and ours["dtype"] == "float32"
 
 
+def test_a_precision_without_instructions_is_told_and_not_waited_for(bench, monkeypatch):
+    """Products in bfloat16 take some CPUs 40 to 140 times as long as in float32: a run of hours."""
+    tried, square = [], bench.measure.linear
+
+    def linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        tried.append((a.dtype, len(a)))
+        return square(a, b)
+
+    def measured() -> dict[str, float]:
+        tried.clear()
+        return bench.measure.Roofline.measure("cpu", tiny=True).matmul
+
+    monkeypatch.setattr(bench.measure, "linear", linear)
+    for longest, side in ((60.0, 256), (0.0, 32)):
+        monkeypatch.setattr(bench.measure, "LONGEST_PRODUCT", longest)
+        assert all(speed > 0 for speed in measured().values())
+        assert tried[-1] == (torch.bfloat16, side) and (torch.float32, side) in tried
+
+    spec = planted(bench, gone="somebody is not installed")
+    half = dataclasses.replace(spec.build(None), dtype=torch.bfloat16)
+    for slow, reason in (
+        (40.0, "a product in bfloat16 takes 40 times as long as in float32 here"),
+        (2.0, None),
+    ):
+        roofline = bench.measure.Roofline(1e10, {"float32": 1e11, "bfloat16": 1e11 / slow})
+        monkeypatch.setattr(bench.measure.Roofline, "measure", lambda *_, made=roofline: made)
+        runner = bench.runner.Runner(bench.cases.Setting(), bench.runner.Results(), rounds=5)
+        in_half = dataclasses.replace(spec, build=lambda _: half)
+        rows = {row.peer: row for row in runner.run("planted-bf16", in_half, spec.peers)}
+        assert rows["ours"].absent == rows["plain"].absent == reason
+        assert rows["gone"].absent == "somebody is not installed" and (rows["ours"].eager is None) == bool(
+            reason
+        )
+        assert all(row.runs for row in runner.run("planted", spec, ("ours", "plain")))
+
+
 def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     """Medians of their medians, and intervals that hold all of theirs; what has no figures stays as it is."""
 
