@@ -77,9 +77,9 @@ mutants: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/mutants.py --jobs $(JOBS) $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	@echo "== bench: all groups of cases beside their peers, in two processes that are pooled; what is wrong is not timed"
-	@status=0; for again in "" --again; do \
-	$(BIN)/python -m pytest bench --full --benchmark-quiet --results $$again $(ARGS) || status=$$?; done; \
+	@echo "== bench: all groups of cases beside their peers, in processes that are pooled until the ratios are settled"
+	@status=0; again=; for process in 1 2 3 4 5 6 7; do \
+	$(BIN)/python -m pytest bench --full --benchmark-quiet --results $$again $(ARGS) || status=$$?; again=--again; done; \
 	$(BIN)/python bench/report.py && exit $$status
 
 gpu-report:

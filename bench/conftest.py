@@ -5,7 +5,7 @@
     pytest bench/ --only stage1,cross      cases with one of these in name or group, also those in no grid
     pytest bench/ -k "ours or sdpa"        some of the peers
     pytest bench/ --benchmark-json=x.json  and everything else that pytest-benchmark does
-    pytest bench/ --full --results --again  the kept rows once more, pooled: see `Runner.again`
+    pytest bench/ --full --results --again  kept rows that are not settled once more: see `Runner.again`
     pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
 
 The peers of a case are checked first, then run in turn, round by round; what pytest-benchmark shows, keeps
@@ -23,7 +23,8 @@ import torch
 from about import device_folder, revision
 from cases import FULL, SHORT, Setting, Spec
 from cores import Cores
-from runner import Results, Row, Runner
+from rows import Results, Row
+from runner import Runner
 
 from blip2_kernels.model.memory import keep_freed_memory
 
@@ -68,7 +69,9 @@ def pytest_addoption(parser):
         "--profile", action="store_true", help="look at the kernels of rows that are there, on a GPU"
     )
     group.addoption(
-        "--again", action="store_true", help="time rows that are there once more, and pool the processes"
+        "--again",
+        action="store_true",
+        help="time rows that are there and not settled once more, and pool the processes",
     )
     group.addoption("--warm", action="store_true", help="run every peer once and time nothing")
     group.addoption("--share", default="0/1", metavar="I/N", help="every N-th case from the I-th on")
@@ -167,7 +170,7 @@ class House:
             check_only=config.getoption("--warm") or disabled or profiles,
             profiles=profiles,
             again=again,
-            cores=Cores() if threaded and not setting.tiny else None,
+            cores=Cores(60.0 if again else 240.0) if threaded and not setting.tiny else None,
         )
         self.wanted: dict[str, list[str]] = {}
         for item in filter(case_of, items):

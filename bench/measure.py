@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from blip2_kernels.ops.linear import linear
 
@@ -29,6 +30,8 @@ FEWEST = 5
 """Rounds that a time is told of, even where they take long or the machine is not steady."""
 LONGEST_PRODUCT = 2.0
 """Seconds of the matrix product that tells a device's speed, at most."""
+FEWEST_LONG = 3
+"""The same of rounds that are `LONG`."""
 LONG = 1.0
 """Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
 
@@ -205,7 +208,7 @@ def eager_times(
         peers: by name, the same call on several sets of inputs.
         rounds: timed rounds a peer, at most.
         least_ms: a round takes at least so long.
-        seconds: fewer rounds, but `FEWEST`, where all of them would take longer.
+        seconds: fewer rounds, but `FEWEST` (`FEWEST_LONG`), where all of them would take longer.
         steady: whether a round counts that begins or ends now.
     """
     clock = _between_events if device == "cuda" else wall
@@ -231,7 +234,8 @@ def eager_times(
         runs[name], counts[name] = run, copies * len(calls)
         a_round += counts[name] * once / 1e3
     if seconds is not None and a_round:
-        rounds = max(min(FEWEST, rounds), min(rounds, round(seconds / a_round)))
+        fewest = FEWEST_LONG if a_round > LONG else FEWEST
+        rounds = max(min(fewest, rounds), min(rounds, round(seconds / a_round)))
     return failed | _in_turn(runs, counts, rounds, clock, always if a_round > LONG else steady)
 
 
@@ -274,32 +278,32 @@ class Roofline:
         """Measure on random data: 1 GiB and 8192-square matrices; on a CPU 256 MiB and 2048-square, or an
         eighth of that where one such product would take more than `LONGEST_PRODUCT` (bfloat16 on a CPU
         that has no instructions for it)."""
-        copied, side = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
+        copied, largest = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
         if tiny:
-            copied, side = copied >> 6, side >> 3
+            copied, largest = copied >> 6, largest >> 3
         clock = _between_events if device == "cuda" else wall
         source = torch.randint(0, 127, (copied,), dtype=torch.int8, device=device)
         target = torch.empty_like(source)
 
-        def fastest(*runs: Call) -> float:
-            """Seconds of the fastest of several ways."""
-            for run in runs:
-                for _ in range(3):
-                    run()
-            return min(statistics.median(clock(run) for _ in range(7)) for run in runs) / 1e3
+        def seconds(run: Call) -> float:
+            for _ in range(3):
+                run()
+            return statistics.median(clock(run) for _ in range(7)) / 1e3
 
-        copy = 2 * copied / fastest(lambda: target.copy_(source))
+        def product_speed(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:
+            for side in (largest // 8, largest):
+                a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+                taken = seconds(lambda a=a, b=b: product(a, b))
+                if 8**3 * taken > LONGEST_PRODUCT:
+                    break
+            return 2 * side**3 / taken
+
+        copy = 2 * copied / seconds(lambda: target.copy_(source))
         matmul = {}
         for dtype in (torch.float32, torch.bfloat16):
-
-            def seconds(side: int, dtype: torch.dtype = dtype) -> float:
-                a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-                # On a CPU torch carries two libraries, and either may be the faster one.
-                return fastest(lambda: a @ b, lambda: linear(a, b))
-
-            small = side // 8
-            large = small if 8**3 * seconds(small) > LONGEST_PRODUCT else side
-            matmul[str(dtype).removeprefix("torch.")] = 2 * large**3 / seconds(large)
+            # On a CPU torch carries two libraries, and either may be the faster one.
+            speeds = (product_speed(product, dtype) for product in (torch.matmul, linear))
+            matmul[str(dtype).removeprefix("torch.")] = max(speeds)
         return cls(copy, matmul)
 
     def floor_ms(self, moved: float, operations: float = 0.0, dtype: str = "bfloat16") -> float:

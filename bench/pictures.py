@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from report import Growth, Row, grouped, growths, is_ours, time_of
+from report import Growth, Row, grouped, growths
+from rows import is_ours, time_of
 
 OURS_COLOUR, FLOOR_COLOUR = "#0072B2", "#000000"
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#A6761D", "#882255")

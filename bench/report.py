@@ -5,7 +5,6 @@ python bench/report.py --repeat-check OLD.json NEW.json   how many ratios of NEW
 """
 
 import argparse
-import json
 import math
 import sys
 from collections import defaultdict
@@ -14,36 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rows import PROCESSES, is_ours, read_rows, settled, time_of
+
 Row = Mapping[str, Any]
 RESULTS, REPORT = "results.json", "report.md"
 FURTHEST, WITHIN = 0.10, 0.90
 """A repeated run is like the first if this share of ratios lies in its intervals and none is further off."""
 AXES = ("batch", "images", "image tokens", "text tokens", "texts an image", "samples an image")
 """Sizes over which cost is looked at."""
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results file.
-
-    Raises:
-        ValueError: another file.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(found, dict) or "rows" not in found:
-        raise ValueError(f"{path}: expected an object with rows, as `pytest bench --results` writes it")
-    return found["rows"]
-
-
-def time_of(row: Row) -> dict[str, float] | None:
-    """What a row is judged by: the time of its kernels where there is one, else that of the call."""
-    return row["device_time"] if isinstance(row["device_time"], dict) else row["eager"]
-
-
-def is_ours(row: Row) -> bool:
-    return row["peer"] in ("ours", "ours, whole")
 
 
 def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
@@ -189,6 +166,10 @@ def table(rows: Sequence[Row]) -> list[str]:
         if row["eager"] and row["eager"].get("unsteady"):
             apart = f"cores apart in {row['eager']['unsteady']} of {row['eager']['rounds']} rounds"
             remark = "; ".join(filter(None, (remark, apart)))
+        each = (row["ratio"] or {}).get("each", ())
+        if len(each) >= PROCESSES and not settled(row["ratio"]):
+            differ = f"processes differ, {min(each):.2f} to {max(each):.2f}"
+            remark = "; ".join(filter(None, (remark, differ)))
         if row["share"] is not None:
             ratio = f"{100 * row['share']:.1f}% of the whole"
         device, warm, host = (row[kind] for kind in ("device_time", "warm", "host"))

@@ -1,14 +1,10 @@
 """Runs a case: every peer is checked, then all are timed in turn; what was found is a row a peer."""
 
-import json
-import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import about
@@ -17,12 +13,11 @@ import torch
 from cases import Case, Peer, Result, Setting, Spec
 from cores import Cores
 from measure import Timing, said
-from report import read_rows, time_of
+from rows import LOST, SEED, Results, Row, settled
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_kernels.ops.flops import FORMULAS
 
-SEED = 0
 INTERVAL_FLOOR = 0.03
 """A ratio's interval is no narrower to either side: where code and data come to lie in memory differs from
 process to process, and no round of one process shows it."""
@@ -30,99 +25,10 @@ CPU_ROUND_MS = 10.0
 """A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 TOO_SLOW = 4.0
 """A device whose products take so many times as long as in float32 has no instructions for that precision."""
-LOST = "lost the GPU"
 SPENT = "the budget"
-"""How the reasons begin why a case ended the use of the GPU, and why it did not begin."""
-
-
-def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """A timing or a ratio with that of one more process: the median of all processes' medians (`each`), and
-    what holds every one of their intervals."""
-    each = [*known.get("each", [known["median"]]), more["median"]]
-    made = {"median": statistics.median(each)}
-    made |= {key: min(known[key], more[key]) for key in ("p20", "low") if key in more}
-    made |= {key: max(known[key], more[key]) for key in ("p80", "high") if key in more}
-    if "rounds" in more:
-        made["rounds"] = known["rounds"] + more["rounds"]
-    if unsteady := known.get("unsteady", 0) + more.get("unsteady", 0):
-        made["unsteady"] = unsteady
-    made |= {key: more[key] for key in ("of",) if key in more}
-    return {**made, "each": each}
-
-
-@dataclass
-class Row:
-    """What is known of a peer in a case. Times by kind as `measure.Timing.json`, in milliseconds.
-
-    Attributes:
-        device_time: of its kernels in a CUDA graph, cache-cold, or the reason why there is none.
-        warm: the same, cache-warm.
-        eager: of a call as it stands.
-        host: until its launches are out.
-        ratio: time over that of ours, by rounds: median, interval [low, high], and what it is a ratio `of`:
-            "kernels" where both have a device time, else "call".
-        share: of a part in the time of the whole.
-        bytes, flops: that must be moved; that it computes, counted.
-        floor_ms: what the device's measured copy and product leave as least time of the case.
-        of_roofline: that over the time.
-        kernel_ms, launches, kernels: sum, number and the longest of one call's kernels, by the profiler.
-        agreement: error against truth, and what was allowed; None where nothing is compared.
-        absent: why the peer is not here.
-        failed: why it has no figure: it crashed, ran out of memory or is wrong.
-        remarks: why a figure beside the times is missing.
-        about: device, revision, versions, and the clocks right before the rounds.
-    """
-
-    group: str
-    case: str
-    peer: str
-    dtype: str | None = None
-    shape: dict[str, Any] = field(default_factory=dict)
-    seed: int = SEED
-    device_time: dict[str, float] | str | None = None
-    warm: dict[str, float] | None = None
-    eager: dict[str, float] | None = None
-    host: dict[str, float] | None = None
-    ratio: dict[str, float] | None = None
-    share: float | None = None
-    bytes: float | None = None
-    flops: float | None = None
-    floor_ms: float | None = None
-    of_roofline: float | None = None
-    peak_mib: float | None = None
-    launches: int | None = None
-    kernel_ms: float | None = None
-    kernels: list[tuple[str, float, int]] = field(default_factory=list)
-    agreement: dict[str, float] | None = None
-    absent: str | None = None
-    failed: str | None = None
-    remarks: list[str] = field(default_factory=list)
-    about: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> bool:
-        return self.absent is None and self.failed is None
-
-    @property
-    def time(self) -> dict[str, float] | None:
-        """What it is judged by: the time of its kernels where there is one, else that of the call."""
-        return time_of(vars(self))
-
-    def pool(self, again: "Row") -> None:
-        """Take in the times of another process; those of a steady machine alone, where one has any."""
-        self.failed = again.failed
-        unsteady, again_unsteady = ("unsteady" in (row.eager or {}) for row in (self, again))
-        for kind in ("device_time", "warm", "eager", "host", "ratio"):
-            mine, its = getattr(self, kind), getattr(again, kind)
-            if isinstance(mine, dict) and isinstance(its, dict):
-                both = pooled(mine, its) if unsteady == again_unsteady else its if unsteady else mine
-                setattr(self, kind, both)
-        self.near_roofline()
-
-    def near_roofline(self) -> None:
-        """Hold the time against the least one, where both are known."""
-        if self.floor_ms is not None and self.time:
-            self.of_roofline = self.floor_ms / self.time["median"]
+"""How the reason begins why a case did not begin."""
+SETTLED = "its ratios are settled"
+"""Why a case is not timed in one more process."""
 
 
 @contextmanager
@@ -202,48 +108,6 @@ def profile(peer: Peer, row: Row) -> None:
 
 
 @dataclass
-class Results:
-    """Rows of all cases so far, kept in a file that is whole at any time.
-
-    Attributes:
-        path: of the JSON file; None keeps nothing.
-        rows: of all cases.
-    """
-
-    path: Path | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def at(cls, path: Path | None) -> "Results":
-        """Those that earlier runs left; a run replaces the rows that it makes again and no others.
-
-        Raises:
-            ValueError: the file holds something else.
-        """
-        return cls(path, read_rows(path) if path is not None and path.is_file() else [])
-
-    def has(self, case: str, revision: str, peers: Collection[str]) -> bool:
-        """Whether a case need not run again: its peers were run at this revision, one of them has figures and
-        none of ours failed; or it has ended the process's use of the GPU."""
-        rows = [r for r in self.rows if r["case"] == case and r["about"].get("revision") == revision]
-        failed = any(row["failed"] and row["peer"].startswith("ours") for row in rows)
-        lost = any((row["failed"] or "").startswith(LOST) for row in rows)
-        whole = {row["peer"] for row in rows} >= set(peers) and any(row["eager"] for row in rows)
-        return lost or (whole and not failed)
-
-    def keep(self, rows: Sequence[Row]) -> None:
-        """Take rows, each in place of an older one of its case and peer, and rewrite the file."""
-        kept = {(row["case"], row["peer"]): row for row in self.rows}
-        self.rows = list((kept | {(row.case, row.peer): vars(row) for row in rows}).values())
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            half = self.path.with_suffix(".part")
-            lines = ",\n".join(json.dumps(row) for row in self.rows)
-            half.write_text(f'{{"rows": [\n{lines}\n]}}\n')
-            os.replace(half, self.path)
-
-
-@dataclass
 class Runner:
     """Runs cases one after the other.
 
@@ -256,7 +120,8 @@ class Runner:
         check_only: run and check every peer, time nothing (fills the caches of compilers).
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
             slower, so this is for a process of its own.
-        again: time rows that are there once more, and pool: they were checked and counted before.
+        again: time rows that are there once more, and pool: they were checked and counted before. Cases all
+            of whose ratios are `settled` are left as they are.
         cores: those of the CPU: rounds count while they are near. None looks at none.
         lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
@@ -330,6 +195,9 @@ class Runner:
             for peer, row in kept.items()
             if peer in rows and row.eager and row.about.get("revision") == revision
         }
+        ratios = [row.ratio for row in known.values() if row.ratio]
+        if self.again and ratios and all(map(settled, ratios)):
+            return [replace(row, absent=SETTLED) for row in rows.values()]
         if time.perf_counter() - self.begun <= self.budget and known:
             try:
                 torch.manual_seed(SEED)

@@ -26,7 +26,7 @@ H200 = ROOT / "bench" / "results" / "nvidia-h200"
 def bench(monkeypatch) -> SimpleNamespace:
     """Modules of bench/ by name, as they import one another."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("attention_peers", "bench_attention", "cases", "cores", "measure", "report", "runner")
+    names = ("attention_peers", "bench_attention", "cases", "cores", "measure", "report", "rows", "runner")
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -68,7 +68,7 @@ def test_every_peer_is_right(bench, compiled_plainly, module, case):
     """Also those that compile: with `fullgraph=True`, so a break in the graph would be an error."""
     spec = importlib.import_module(module).CASES[case]
     setting = bench.cases.Setting("cpu", tiny=True)
-    runner = bench.runner.Runner(setting, bench.runner.Results(), check_only=True)
+    runner = bench.runner.Runner(setting, bench.rows.Results(), check_only=True)
     rows = runner.run(case, spec, spec.peers)
     assert {row.peer: row.failed for row in rows if row.failed} == {}
     there = {row.peer for row in rows if row.runs}
@@ -139,7 +139,7 @@ def test_flash_attention_gets_sequences_that_give_our_result(bench, monkeypatch)
         "self-itc+itg-4-backward",
         "cross-2x257-by-3",
     ):
-        runner = bench.runner.Runner(setting, bench.runner.Results(), check_only=True)
+        runner = bench.runner.Runner(setting, bench.rows.Results(), check_only=True)
         rows = runner.run(case, bench.bench_attention.CASES[case], ["flash-attention 2", "xformers"])
         assert [row.failed for row in rows] == [None, None] and all(row.agreement for row in rows), case
 
@@ -182,7 +182,7 @@ def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(benc
         gone="somebody is not installed",
     )
     path = tmp_path / "results.json"
-    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(path), rounds=8)
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.rows.Results(path), rounds=8)
     rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
     assert set(runner.timings) == {"ours", "plain"}
     assert rows["wrong"].failed.startswith("wrong: error 5.00e-03")
@@ -195,7 +195,7 @@ def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(benc
     )
     for name in ("wrong", "other_shape", "nan", "large", "later", "gone"):
         assert rows[name].eager is None and rows[name].ratio is None, name
-    kept = {row["peer"]: row for row in bench.report.read_rows(path)}
+    kept = {row["peer"]: row for row in bench.rows.read_rows(path)}
     ours = kept["ours"]
     assert ours["eager"]["rounds"] == 8 and ours["ratio"]["median"] == 1.0 and ours["floor_ms"] > 0
     assert kept["plain"]["ratio"]["low"] < kept["plain"]["ratio"]["median"] < kept["plain"]["ratio"]["high"]
@@ -230,7 +230,7 @@ def test_a_precision_without_instructions_is_told_and_not_waited_for(bench, monk
     ):
         roofline = bench.measure.Roofline(1e10, {"float32": 1e11, "bfloat16": 1e11 / slow})
         monkeypatch.setattr(bench.measure.Roofline, "measure", lambda *_, made=roofline: made)
-        runner = bench.runner.Runner(bench.cases.Setting(), bench.runner.Results(), rounds=5)
+        runner = bench.runner.Runner(bench.cases.Setting(), bench.rows.Results(), rounds=5)
         in_half = dataclasses.replace(spec, build=lambda _: half)
         rows = {row.peer: row for row in runner.run("planted-bf16", in_half, spec.peers)}
         assert rows["ours"].absent == rows["plain"].absent == reason
@@ -248,10 +248,10 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
             return {name: bench.runner.Timing.of(milliseconds[name]) for name in calls}
 
         monkeypatch.setattr(bench.runner.measure, "eager_times", eager_times)
-        results = bench.runner.Results.at(path)
+        results = bench.rows.Results.at(path)
         runner = bench.runner.Runner(bench.cases.Setting(tiny=True), results, again=again)
         rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
-        return rows, {row["peer"]: row for row in bench.report.read_rows(path)}
+        return rows, {row["peer"]: row for row in bench.rows.read_rows(path)}
 
     path = tmp_path / "results.json"
     spec = planted(bench, wrong=lambda: torch.zeros(4), gone="somebody is not installed")
@@ -286,6 +286,49 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     assert after == kept and rows["plain"].absent == "no figures of revision another are kept"
 
 
+def test_what_is_settled_is_not_timed_again(bench, tmp_path, monkeypatch):
+    """Three processes at least, then as long as their medians say that one more would move the ratio."""
+    settled = bench.rows.settled
+    assert not settled({"median": 2.0}) and not settled({"median": 2.0, "each": [2.0, 2.0]})
+    assert settled({"median": 2.0, "each": [2.0, 2.0, 2.0]})
+    # By hand: a standard deviation of 4% in four processes, 1.2533 * 4% / 2 = 2.5%; of 2%, 1.25%.
+    four = [1.0 - 0.04 * 0.75**0.5, 1.0 - 0.04 * 0.75**0.5, 1.0 + 0.04 * 0.75**0.5, 1.0 + 0.04 * 0.75**0.5]
+    assert not settled({"median": 1.0, "each": four})
+    assert settled({"median": 1.0, "each": [1.0 + (one - 1.0) / 2 for one in four]})
+    assert not settled({"median": 2.0, "each": [2.0 * one for one in four]})
+
+    told = {"ours": 1.0, "plain": 2.0}
+    timed = []
+
+    def eager_times(calls, device, **limits):
+        timed.append(tuple(calls))
+        return {name: bench.measure.Timing.of([told[name]] * 5) for name in calls}
+
+    monkeypatch.setattr(bench.runner.measure, "eager_times", eager_times)
+    spec = planted(bench, gone="somebody is not installed")
+
+    def process(again: bool = True):
+        results = bench.rows.Results.at(tmp_path / "results.json")
+        runner = bench.runner.Runner(bench.cases.Setting(tiny=True), results, again=again)
+        return {row.peer: row for row in runner.run("planted", spec, spec.peers)}
+
+    process(again=False)
+    for plain in (2.3, 2.1):
+        told["plain"] = plain
+        assert process()["plain"].runs
+    kept = (tmp_path / "results.json").read_text()
+    row = json.loads(kept)["rows"][1]
+    assert "processes differ, 2.00 to 2.30" in bench.report.table([row])[-1] and len(timed) == 3
+    while not settled(row["ratio"]):
+        process()
+        kept = (tmp_path / "results.json").read_text()
+        row = json.loads(kept)["rows"][1]
+    spent = len(timed)
+    assert spent > 3 and row["ratio"]["median"] == 2.1 and "differ" not in bench.report.table([row])[-1]
+    assert {row.absent for row in process().values()} == {bench.runner.SETTLED}
+    assert len(timed) == spent and (tmp_path / "results.json").read_text() == kept
+
+
 def test_rounds_count_while_the_cores_are_near(bench, monkeypatch):
     """Those that begin or end while they are apart are run again; where they stay apart, it is said."""
     apart = [False]
@@ -310,9 +353,9 @@ def test_rounds_count_while_the_cores_are_near(bench, monkeypatch):
     monkeypatch.setattr(bench.measure, "LONG", 0.0)
     long = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=6, least_ms=0.0, steady=lambda: False)
     assert long["ours"].rounds == 6 and "unsteady" not in long["ours"].json()
-    row = bench.runner.Row("planted", "case", "ours", eager=made["ours"].json())
+    row = bench.rows.Row("planted", "case", "ours", eager=made["ours"].json())
     assert "cores apart in 12 of 12 rounds" in bench.report.table([vars(row)])[-1]
-    near = bench.runner.Row("planted", "case", "ours", eager=long["ours"].json())
+    near = bench.rows.Row("planted", "case", "ours", eager=long["ours"].json())
     for one, other, rounds in ((row, row, 24), (row, near, 6), (near, row, 6), (near, near, 12)):
         pooled = dataclasses.replace(one)
         pooled.pool(other)
@@ -375,7 +418,7 @@ def test_results_that_are_written_leave_the_revision_as_it_was(bench, tmp_path, 
 
 def test_ctrl_c_leaves_the_finished_rows(bench, tmp_path):
     path = tmp_path / "results.json"
-    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(path), rounds=2)
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.rows.Results(path), rounds=2)
     runner.run("first", planted(bench), ["ours", "plain"])
 
     def ctrl_c():
@@ -384,9 +427,9 @@ def test_ctrl_c_leaves_the_finished_rows(bench, tmp_path):
     interrupted = planted(bench, slow=ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         runner.run("second", interrupted, interrupted.peers)
-    assert [row["case"] for row in bench.report.read_rows(path)] == ["first", "first"]
+    assert [row["case"] for row in bench.rows.read_rows(path)] == ["first", "first"]
     assert list(tmp_path.iterdir()) == [path]
-    resumed = bench.runner.Results.at(path)
+    resumed = bench.rows.Results.at(path)
     revision, peers = resumed.rows[0]["about"]["revision"], ["ours", "plain"]
     assert resumed.has("first", revision, peers) and not resumed.has("second", revision, peers)
     assert not resumed.has("first", "another", peers)
@@ -397,28 +440,28 @@ def test_a_run_replaces_what_it_measures_again_and_nothing_else(bench, tmp_path)
     path = tmp_path / "results.json"
 
     def run(case: str, peers: list[str], **options) -> list:
-        setting, results = bench.cases.Setting(tiny=True), bench.runner.Results.at(path)
+        setting, results = bench.cases.Setting(tiny=True), bench.rows.Results.at(path)
         return bench.runner.Runner(setting, results, rounds=2, **options).run(case, planted(bench), peers)
 
     run("first", ["ours", "plain"])
     run("second", ["ours", "plain"])
-    before = {(row["case"], row["peer"]): row for row in bench.report.read_rows(path)}
+    before = {(row["case"], row["peer"]): row for row in bench.rows.read_rows(path)}
     run("second", ["ours"])
     late = run("first", ["ours", "plain"], budget=-1.0)
     assert {row.absent for row in late} == {"the budget of -1 s is spent"}
-    after = {(row["case"], row["peer"]): row for row in bench.report.read_rows(path)}
+    after = {(row["case"], row["peer"]): row for row in bench.rows.read_rows(path)}
     assert after.keys() == before.keys() and after["second", "ours"] != before["second", "ours"]
     assert all(after[key] == row for key, row in before.items() if key != ("second", "ours"))
 
     path.write_text("[]")
     with pytest.raises(ValueError, match="expected an object with rows"):
-        bench.runner.Results.at(path)
+        bench.rows.Results.at(path)
 
 
 def test_a_compiler_that_cannot_be_had_fails_its_peer_alone(bench):
     models = importlib.import_module("blip2_models")
     spec = planted(bench, theirs=models.Compiled(lambda: None, backend="tensorrt"))
-    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.runner.Results(), rounds=2)
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.rows.Results(), rounds=2)
     rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
     assert rows["theirs"].failed == "ModuleNotFoundError: No module named 'torch_tensorrt'"
     assert rows["ours"].runs and rows["plain"].ratio
@@ -440,8 +483,8 @@ def test_a_ratio_is_of_kernels_where_both_have_them_and_of_calls_elsewhere(bench
     monkeypatch.setattr(bench.runner.measure, "device_times", timings(kernels))
     peers = {name: bench.cases.Peer([print], captured=name in kernels) for name in calls}
     peers["graph"] = dataclasses.replace(peers["graph"], graph=True)
-    rows = {name: bench.runner.Row("planted", "planted", name) for name in peers}
-    runner = bench.runner.Runner(bench.cases.Setting("cuda"), bench.runner.Results())
+    rows = {name: bench.rows.Row("planted", "planted", name) for name in peers}
+    runner = bench.runner.Runner(bench.cases.Setting("cuda"), bench.rows.Results())
     runner._time(bench.cases.Case(peers), "ours", rows)
     found = {name: (row.ratio["median"], row.ratio["of"]) for name, row in rows.items()}
     assert found == {
@@ -452,7 +495,7 @@ def test_a_ratio_is_of_kernels_where_both_have_them_and_of_calls_elsewhere(bench
     }
     assert rows["loop"].device_time is None and rows["graph"].time["median"] == 3.0
     uncaptured = {"loop": peers["loop"], "captured": peers["captured"]}
-    rows = {name: bench.runner.Row("planted", "planted", name) for name in uncaptured}
+    rows = {name: bench.rows.Row("planted", "planted", name) for name in uncaptured}
     runner._time(bench.cases.Case(uncaptured), "loop", rows)
     assert rows["captured"].ratio["median"] == 0.75 and rows["captured"].ratio["of"] == "call"
 
@@ -598,7 +641,7 @@ def test_pictures_come_from_the_rows_alone_and_can_be_missing(bench, tmp_path, m
 
 def test_pictures_of_ratios_leave_nothing_out(bench):
     pictures = importlib.import_module("pictures")
-    rows = bench.report.read_rows(H200 / "results.json")
+    rows = bench.rows.read_rows(H200 / "results.json")
     cases = bench.report.grouped([row for row in rows if row["ratio"] and pictures.is_others(row)], "case")
     columns = pictures.in_columns(cases)
     assert [its for column in columns for its in column] == list(cases.values()) and len(columns) > 1
