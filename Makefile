@@ -6,13 +6,15 @@
 #   TORCH=system          the torch (and what else) that $(PYTHON) already has, left as it is
 #   CONSTRAINTS=/dev/null no pins at all
 #   PIP_ARGS=...          more options for pip, such as an index with CPU builds of torch
+#   RESULTS=/somewhere    make bench: another folder than bench/results/<device>
 #   ARGS=...              more options for the command itself: make demo ARGS=--quick, make test ARGS="-k philox"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 CONSTRAINTS ?= constraints.txt
-PIP_ARGS ?=
+PIP_RESULTS ?=
+ARGS ?=
 ARGS ?=
 # Test processes. Each computes on one thread: the shapes are small, and two busy threads a process lose time.
 JOBS ?= 2
@@ -39,8 +41,8 @@ help:
 	@echo "                 no GPU (about half an hour), then compilations for every kind of GPU and"
 	@echo "                 every configuration against its compile budget"
 	@echo "make mutants     plant small faults in the kernels, one by one, and see the tests catch them"
-	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about 45"
-	@echo "                 minutes on 2 cores): bench/results/<device>/report.md with pictures"
+	@echo "make bench       everything beside its peers, on a GPU where torch sees one, else on the CPU (about an"
+	@echo "                 hour on 2 cores): bench/results/<device>/report.md with pictures"
 	@echo "                 (make bench ARGS=--only=stage1 is a part; pytest bench/ takes a few minutes)"
 	@echo "make gpu-report  what needs a GPU, with the torch, Triton and transformers that $(PYTHON) has: builds the"
 	@echo "                 CUDA extension, tests, measures, writes bench/results (ARGS=--full for all of it)"
@@ -79,8 +81,9 @@ mutants: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@echo "== bench: all groups of cases beside their peers, in processes that are pooled until the ratios are settled"
 	@status=0; again=; for process in 1 2 3 4 5 6 7; do \
-	$(BIN)/python -m pytest bench --full --benchmark-quiet --results $$again $(ARGS) || status=$$?; again=--again; done; \
-	$(BIN)/python bench/report.py && exit $$status
+	$(BIN)/python -m pytest bench --full --benchmark-quiet --results$(RESULTS:%==%) $$again $(ARGS) || status=$$?; \
+	if [ $$status = 2 ]; then break; fi; again=--again; done; \
+	$(BIN)/python bench/report.py $(RESULTS) && exit $$status
 
 gpu-report:
 	@echo "== gpu-report: installs this checkout in the environment of $(PYTHON)"

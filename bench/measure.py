@@ -32,7 +32,7 @@ LONGEST_PRODUCT = 2.0
 """Seconds of the matrix product that tells a device's speed, at most."""
 FEWEST_LONG = 3
 """The same of rounds that are `LONG`."""
-LONG = 1.0
+LONG = 3.0
 """Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
 
 
