@@ -13,8 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 CONSTRAINTS ?= constraints.txt
-PIP_RESULTS ?=
-ARGS ?=
+PIP_ARGS ?=
+RESULTS ?=
 ARGS ?=
 # Test processes. Each computes on one thread: the shapes are small, and two busy threads a process lose time.
 JOBS ?= 2

@@ -125,6 +125,11 @@ class Row:
         """What it is judged by: the time of its kernels where there is one, else that of the call."""
         return time_of(vars(self))
 
+    @property
+    def settled(self) -> bool:
+        """Whether a further process would hardly move its ratio; without one, whether enough were had."""
+        return settled(self.ratio) if self.ratio else len((self.eager or {}).get("each", ())) >= PROCESSES
+
     def pool(self, again: "Row") -> None:
         """Take in the times of another process; those of a steady machine alone, where one has any."""
         self.failed = again.failed

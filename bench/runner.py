@@ -13,7 +13,7 @@ import torch
 from cases import Case, Peer, Result, Setting, Spec
 from cores import Cores
 from measure import Timing, said
-from rows import LOST, SEED, Results, Row, settled
+from rows import LOST, SEED, Results, Row
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_kernels.ops.flops import FORMULAS
@@ -121,7 +121,7 @@ class Runner:
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
             slower, so this is for a process of its own.
         again: time rows that are there once more, and pool: they were checked and counted before. Cases all
-            of whose ratios are `settled` are left as they are.
+            of whose rows are settled are left as they are.
         cores: those of the CPU: rounds count while they are near. None looks at none.
         lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
@@ -195,8 +195,7 @@ class Runner:
             for peer, row in kept.items()
             if peer in rows and row.eager and row.about.get("revision") == revision
         }
-        ratios = [row.ratio for row in known.values() if row.ratio]
-        if self.again and ratios and all(map(settled, ratios)):
+        if self.again and known and all(row.settled for row in known.values()):
             return [replace(row, absent=SETTLED) for row in rows.values()]
         if time.perf_counter() - self.begun <= self.budget and known:
             try:

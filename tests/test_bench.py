@@ -323,6 +323,9 @@ def test_what_is_settled_is_not_timed_again(bench, tmp_path, monkeypatch):
         process()
         kept = (tmp_path / "results.json").read_text()
         row = json.loads(kept)["rows"][1]
+    for each, enough in (([1.0, 9.0], False), ([1.0, 9.0, 1.0], True)):
+        without_ratio = bench.rows.Row("planted", "case", "plain", eager={"median": 1.0, "each": each})
+        assert without_ratio.settled is enough
     spent = len(timed)
     assert spent > 3 and row["ratio"]["median"] == 2.1 and "differ" not in bench.report.table([row])[-1]
     assert {row.absent for row in process().values()} == {bench.runner.SETTLED}
