@@ -50,7 +50,7 @@ help:
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make format      let ruff and clang-format format the code"
 	@echo "make clean       remove $(VENV) and the caches (runs/ stays)"
-	@echo "Options (PYTHON, VENV, TORCH, CONSTRAINTS, PIP_ARGS, ARGS, JOBS) are explained at the top of the Makefile."
+	@echo "Options (PYTHON, VENV, TORCH, CONSTRAINTS, PIP_ARGS, RESULTS, ARGS, JOBS) are explained at the top of the Makefile."
 
 demo: $(VENV)/.installed-demo
 	@echo "== demo: two-stage training on real pictures; results go to runs/demo"
@@ -82,7 +82,7 @@ bench: $(VENV)/.installed-dev
 	@echo "== bench: all groups of cases beside their peers, in processes that are pooled until the ratios are settled"
 	@status=0; again=; for process in 1 2 3 4 5 6 7; do \
 	$(BIN)/python -m pytest bench --full --benchmark-quiet --results$(RESULTS:%==%) $$again $(ARGS) || status=$$?; \
-	if [ $$status = 2 ]; then break; fi; again=--again; done; \
+	if [ $$status -gt 1 ]; then break; fi; again=--again; done; \
 	$(BIN)/python bench/report.py $(RESULTS) && exit $$status
 
 gpu-report:

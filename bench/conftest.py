@@ -5,7 +5,7 @@
     pytest bench/ --only stage1,cross      cases with one of these in name or group, also those in no grid
     pytest bench/ -k "ours or sdpa"        some of the peers
     pytest bench/ --benchmark-json=x.json  and everything else that pytest-benchmark does
-    pytest bench/ --full --results --again  kept rows that are not settled once more: see `Runner.again`
+    pytest bench/ --full --results --again  kept cases that are not settled once more: see `Runner.again`
     pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
 
 The peers of a case are checked first, then run in turn, round by round; what pytest-benchmark shows, keeps
@@ -29,6 +29,8 @@ from runner import Runner
 from blip2_kernels.model.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
+AGAIN_PATIENCE = 60.0
+"""Seconds in all that a process of `--again` waits for near cores, since there may be several."""
 COMPILED = "-compiled"
 """End of the names of cases that wait for torch.compile. They come last."""
 
@@ -71,7 +73,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--again",
         action="store_true",
-        help="time rows that are there and not settled once more, and pool the processes",
+        help="time the kept cases once more whose ratios are not settled, and pool the processes",
     )
     group.addoption("--warm", action="store_true", help="run every peer once and time nothing")
     group.addoption("--share", default="0/1", metavar="I/N", help="every N-th case from the I-th on")
@@ -97,6 +99,8 @@ def pytest_configure(config):
             raise pytest.UsageError(f"{name}: expected more than 0, got {value}")
     if config.getoption("--again", False) and config.getoption("--results", None) is None:
         raise pytest.UsageError("--again: expected --results, whose rows are timed again")
+    if config.getoption("--again", False) and config.getoption("--profile", False):
+        raise pytest.UsageError("--again: expected without --profile, which times nothing")
     if config.getoption("--tiny", False) and config.getoption("--results", None) == "":
         raise pytest.UsageError("--tiny: expected --results=FOLDER, since these are no figures of the device")
     share = config.getoption("--share", "0/1")
@@ -170,7 +174,7 @@ class House:
             check_only=config.getoption("--warm") or disabled or profiles,
             profiles=profiles,
             again=again,
-            cores=Cores(60.0 if again else 240.0) if threaded and not setting.tiny else None,
+            cores=(Cores(AGAIN_PATIENCE) if again else Cores()) if threaded and not setting.tiny else None,
         )
         self.wanted: dict[str, list[str]] = {}
         for item in filter(case_of, items):

@@ -28,12 +28,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing o
 Call = Callable[[], object]
 FEWEST = 5
 """Rounds that a time is told of, even where they take long or the machine is not steady."""
-LONGEST_PRODUCT = 2.0
-"""Seconds of the matrix product that tells a device's speed, at most."""
 FEWEST_LONG = 3
 """The same of rounds that are `LONG`."""
 LONG = 3.0
 """Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
+LONGEST_PRODUCT = 2.0
+"""Seconds of the matrix product that tells a device's speed, at most."""
 
 
 def said(error: BaseException) -> str:
@@ -275,9 +275,9 @@ class Roofline:
 
     @classmethod
     def measure(cls, device: str = "cuda", tiny: bool = False) -> "Roofline":
-        """Measure on random data: 1 GiB and 8192-square matrices; on a CPU 256 MiB and 2048-square, or an
-        eighth of that where one such product would take more than `LONGEST_PRODUCT` (bfloat16 on a CPU
-        that has no instructions for it)."""
+        """Measure on random data: 1 GiB and 8192-square matrices; on a CPU 256 MiB and 2048-square.
+        Where one such product would take more than `LONGEST_PRODUCT` (bfloat16 on a CPU that has no
+        instructions for it), matrices have an eighth of the side."""
         copied, largest = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
         if tiny:
             copied, largest = copied >> 6, largest >> 3

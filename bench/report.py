@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rows import PROCESSES, is_ours, read_rows, settled, time_of
+from rows import is_ours, read_rows, settled, time_of
 
 Row = Mapping[str, Any]
 RESULTS, REPORT = "results.json", "report.md"
@@ -156,7 +156,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     head += [*(["launches", "their sum, ms"] if cuda else []), "remark"]
     lines = [line(head), line(["---"] * len(head))]
     for row in shown:
-        ratio, remark = "", row["failed"] or "; ".join(row["remarks"])
+        ratio, remarks = "", [row["failed"]] if row["failed"] else list(row["remarks"])
         if row["ratio"] and not is_ours(row):
             ratio = f"{row['ratio']['median']:.2f}"
             if "low" in row["ratio"]:
@@ -164,24 +164,22 @@ def table(rows: Sequence[Row]) -> list[str]:
             if cuda and row["ratio"].get("of") == "call":
                 ratio += " of calls"
         if row["eager"] and row["eager"].get("unsteady"):
-            apart = f"cores apart in {row['eager']['unsteady']} of {row['eager']['rounds']} rounds"
-            remark = "; ".join(filter(None, (remark, apart)))
+            remarks.append(f"cores apart in {row['eager']['unsteady']} of {row['eager']['rounds']} rounds")
         each = (row["ratio"] or {}).get("each", ())
-        if len(each) >= PROCESSES and not settled(row["ratio"]):
-            differ = f"processes differ, {min(each):.2f} to {max(each):.2f}"
-            remark = "; ".join(filter(None, (remark, differ)))
+        if len(each) > 1 and not settled(row["ratio"]):
+            remarks.append(f"{min(each):.2f} to {max(each):.2f} in {len(each)} processes")
         if row["share"] is not None:
             ratio = f"{100 * row['share']:.1f}% of the whole"
         device, warm, host = (row[kind] for kind in ("device_time", "warm", "host"))
         if isinstance(device, str):
-            device, remark = None, remark or f"in a graph: {device}"
+            device, remarks = None, remarks or [f"in a graph: {device}"]
         share = "" if row["of_roofline"] is None else f"{100 * row['of_roofline']:.0f}%"
         flops = None if row["flops"] is None else row["flops"] / 1e9
         cells = [row["case"], row["peer"], *([milliseconds(device), milliseconds(warm)] if cuda else [])]
         cells += [milliseconds(row["eager"]), *([milliseconds(host)] if cuda else []), ratio, share]
         cells += [number(flops), number(row["peak_mib"])]
         cells += [number(row["launches"], "d"), number(row.get("kernel_ms"), ".4g")] if cuda else []
-        lines.append(line([*cells, remark.replace("|", "/")]))
+        lines.append(line([*cells, "; ".join(remarks).replace("|", "/")]))
     return lines
 
 
@@ -226,9 +224,10 @@ def report(
         ]
         processes = [len(row["eager"].get("each", [1])) for row in rows if row["eager"]]
         if max(processes, default=1) > 1:
+            several = " to ".join(f"{count}" for count in sorted({min(processes), max(processes)}))
             lines += [
-                f"All of this was timed in {min(processes)} processes or more: a median is that of their",
-                "medians, an interval holds each of theirs.",
+                f"Each row was timed in {several} processes: a median is that of their medians, an interval",
+                "holds each of theirs. Where a ratio has not settled, how far they differ is said.",
             ]
     for name in pictures:
         lines += ["", f"![{name.removesuffix('.png').replace('-', ' ')}]({name})"]

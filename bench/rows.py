@@ -127,8 +127,12 @@ class Row:
 
     @property
     def settled(self) -> bool:
-        """Whether a further process would hardly move its ratio; without one, whether enough were had."""
-        return settled(self.ratio) if self.ratio else len((self.eager or {}).get("each", ())) >= PROCESSES
+        """Whether a further process would hardly move its ratio (without one: whether enough were had), and
+        none would replace what failed or was not steady."""
+        eager = self.eager or {}
+        if self.failed is not None or "unsteady" in eager:
+            return False
+        return settled(self.ratio) if self.ratio else len(eager.get("each", ())) >= PROCESSES
 
     def pool(self, again: "Row") -> None:
         """Take in the times of another process; those of a steady machine alone, where one has any."""

@@ -24,7 +24,7 @@ process to process, and no round of one process shows it."""
 CPU_ROUND_MS = 10.0
 """A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 TOO_SLOW = 4.0
-"""A device whose products take so many times as long as in float32 has no instructions for that precision."""
+"""A CPU whose products take so many times as long as in float32 has no instructions for that precision."""
 SPENT = "the budget"
 """How the reason begins why a case did not begin."""
 SETTLED = "its ratios are settled"
@@ -115,7 +115,7 @@ class Runner:
         setting: what they are built with.
         results: where their rows go.
         rounds: timed rounds a case, at most.
-        seconds: of timed rounds a case on a CPU, as far as five rounds allow.
+        seconds: of timed rounds a case on a CPU, as far as the fewest rounds allow (`measure.FEWEST`).
         budget: no case starts after so many seconds.
         check_only: run and check every peer, time nothing (fills the caches of compilers).
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
@@ -265,16 +265,14 @@ class Runner:
         return self._facts
 
     def _without(self, dtype: str) -> str | None:
-        """Why nobody computes in a precision here."""
-        if self.setting.tiny or dtype == "float32":
+        """Why nobody computes in a precision on this CPU."""
+        if self.setting.device != "cpu" or self.setting.tiny or dtype == "float32":
             return None
         speed = self.facts()["roofline"]["matmul"]
         times = speed["float32"] / speed[dtype]
-        return (
-            f"a product in {dtype} takes {times:.0f} times as long as in float32 here"
-            if times > TOO_SLOW
-            else None
-        )
+        if times <= TOO_SLOW:
+            return None
+        return f"a product in {dtype} takes {times:.0f} times as long as in float32 here"
 
     def _steady(self) -> bool:
         """Whether a time that begins or ends now is one of this machine as it is told."""

@@ -205,7 +205,7 @@ def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(benc
 
 
 def test_a_precision_without_instructions_is_told_and_not_waited_for(bench, monkeypatch):
-    """Products in bfloat16 take some CPUs 40 to 140 times as long as in float32: a run of hours."""
+    """Products in bfloat16 take some CPUs up to 140 times as long as in float32: a run of hours."""
     tried, square = [], bench.measure.linear
 
     def linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -274,7 +274,9 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
         and kept["gone"]["absent"] == "somebody is not installed"
     )
     assert kept["plain"]["agreement"] and kept["plain"]["about"]["revision"]
-    assert "in 3 processes or more" in bench.report.report(list(kept.values()), "planted", {}, [])
+    assert "timed in 3 processes" in bench.report.report(list(kept.values()), "planted", {}, [])
+    alone = dict(kept["ours"], eager={**kept["ours"]["eager"], "each": [1.0]})
+    assert "timed in 1 to 3 processes" in bench.report.report([*kept.values(), alone], "planted", {}, [])
 
     working, spec = spec, dataclasses.replace(spec, build=lambda _: [][0])
     rows, after = process(True, {})
@@ -318,7 +320,7 @@ def test_what_is_settled_is_not_timed_again(bench, tmp_path, monkeypatch):
         assert process()["plain"].runs
     kept = (tmp_path / "results.json").read_text()
     row = json.loads(kept)["rows"][1]
-    assert "processes differ, 2.00 to 2.30" in bench.report.table([row])[-1] and len(timed) == 3
+    assert "2.00 to 2.30 in 3 processes" in bench.report.table([row])[-1] and len(timed) == 3
     while not settled(row["ratio"]):
         process()
         kept = (tmp_path / "results.json").read_text()
@@ -326,8 +328,11 @@ def test_what_is_settled_is_not_timed_again(bench, tmp_path, monkeypatch):
     for each, enough in (([1.0, 9.0], False), ([1.0, 9.0, 1.0], True)):
         without_ratio = bench.rows.Row("planted", "case", "plain", eager={"median": 1.0, "each": each})
         assert without_ratio.settled is enough
+        without_ratio.failed = "RuntimeError: in the last process"
+        assert not without_ratio.settled
+    assert not bench.rows.Row(**{**row, "eager": {**row["eager"], "unsteady": 5}}).settled
     spent = len(timed)
-    assert spent > 3 and row["ratio"]["median"] == 2.1 and "differ" not in bench.report.table([row])[-1]
+    assert spent > 3 and row["ratio"]["median"] == 2.1 and "processes" not in bench.report.table([row])[-1]
     assert {row.absent for row in process().values()} == {bench.runner.SETTLED}
     assert len(timed) == spent and (tmp_path / "results.json").read_text() == kept
 
@@ -555,6 +560,7 @@ def test_the_gates_of_pytest_bench(tmp_path):
         ({"--threads": -1}, "--threads: expected more than 0, got -1"),
         ({"--share": "8"}, "--share: expected I/N, such as 0/8, got 8"),
         ({"--again": True}, "--again: expected --results, whose rows are timed again"),
+        ({"--again": True, "--results": "", "--profile": True}, "--again: expected without --profile"),
         ({"--tiny": True, "--results": ""}, "--tiny: expected --results=FOLDER"),
         pytest.param(
             {"--device": "cuda"},
