@@ -161,6 +161,18 @@ def planted(bench, **others):
     return bench.cases.Spec("planted", build, tuple(peers))
 
 
+def in_a_process(bench, monkeypatch, path, spec, milliseconds, again=True) -> tuple[dict, dict]:
+    """Rows by peer of a process whose rounds take so long: those it returns, and those it keeps."""
+
+    def eager_times(calls, device, **limits):
+        return {name: bench.measure.Timing.of(milliseconds[name]) for name in calls}
+
+    monkeypatch.setattr(bench.measure, "eager_times", eager_times)
+    runner = bench.runner.Runner(bench.cases.Setting(tiny=True), bench.rows.Results.at(path), again=again)
+    rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
+    return rows, {row["peer"]: row for row in bench.rows.read_rows(path)}
+
+
 def test_a_peer_that_is_wrong_or_crashes_has_no_figure_and_the_others_go_on(bench, tmp_path):
     def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
@@ -243,21 +255,11 @@ def test_a_precision_without_instructions_is_told_and_not_waited_for(bench, monk
 def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     """Medians of their medians, and intervals that hold all of theirs; what has no figures stays as it is."""
 
-    def process(again: bool, milliseconds: dict[str, list[float]]) -> tuple[dict, dict]:
-        def eager_times(calls, device, **limits):
-            return {name: bench.runner.Timing.of(milliseconds[name]) for name in calls}
-
-        monkeypatch.setattr(bench.runner.measure, "eager_times", eager_times)
-        results = bench.rows.Results.at(path)
-        runner = bench.runner.Runner(bench.cases.Setting(tiny=True), results, again=again)
-        rows = {row.peer: row for row in runner.run("planted", spec, spec.peers)}
-        return rows, {row["peer"]: row for row in bench.rows.read_rows(path)}
-
-    path = tmp_path / "results.json"
+    process = partial(in_a_process, bench, monkeypatch, tmp_path / "results.json")
     spec = planted(bench, wrong=lambda: torch.zeros(4), gone="somebody is not installed")
-    process(False, {"ours": [1.0] * 5, "plain": [1.9, 2.0, 2.0, 2.0, 2.3]})
-    process(True, {"ours": [1.0] * 5, "plain": [2.4, 2.5, 2.5, 2.5, 2.6]})
-    rows, kept = process(True, {"ours": [2.0] * 5, "plain": [4.2] * 5})
+    process(spec, {"ours": [1.0] * 5, "plain": [1.9, 2.0, 2.0, 2.0, 2.3]}, again=False)
+    process(spec, {"ours": [1.0] * 5, "plain": [2.4, 2.5, 2.5, 2.5, 2.6]})
+    rows, kept = process(spec, {"ours": [2.0] * 5, "plain": [4.2] * 5})
     for plain in (vars(rows["plain"]), kept["plain"]):
         assert plain["eager"] == {
             "median": 2.5,
@@ -278,13 +280,11 @@ def test_processes_are_pooled(bench, tmp_path, monkeypatch):
     alone = dict(kept["ours"], eager={**kept["ours"]["eager"], "each": [1.0]})
     assert "timed in 1 to 3 processes" in bench.report.report([*kept.values(), alone], "planted", {}, [])
 
-    working, spec = spec, dataclasses.replace(spec, build=lambda _: [][0])
-    rows, after = process(True, {})
+    rows, after = process(dataclasses.replace(spec, build=lambda _: [][0]), {})
     assert after == kept and {row.failed for row in rows.values()} == {"IndexError: list index out of range"}
 
-    spec = working
     monkeypatch.setattr(bench.runner.about, "revision", lambda: "another")
-    rows, after = process(True, {"ours": [9.0] * 5, "plain": [9.0] * 5})
+    rows, after = process(spec, {"ours": [9.0] * 5, "plain": [9.0] * 5})
     assert after == kept and rows["plain"].absent == "no figures of revision another are kept"
 
 
@@ -299,42 +299,35 @@ def test_what_is_settled_is_not_timed_again(bench, tmp_path, monkeypatch):
     assert settled({"median": 1.0, "each": [1.0 + (one - 1.0) / 2 for one in four]})
     assert not settled({"median": 2.0, "each": [2.0 * one for one in four]})
 
-    told = {"ours": 1.0, "plain": 2.0}
-    timed = []
-
-    def eager_times(calls, device, **limits):
-        timed.append(tuple(calls))
-        return {name: bench.measure.Timing.of([told[name]] * 5) for name in calls}
-
-    monkeypatch.setattr(bench.runner.measure, "eager_times", eager_times)
+    path = tmp_path / "results.json"
     spec = planted(bench, gone="somebody is not installed")
 
-    def process(again: bool = True):
-        results = bench.rows.Results.at(tmp_path / "results.json")
-        runner = bench.runner.Runner(bench.cases.Setting(tiny=True), results, again=again)
-        return {row.peer: row for row in runner.run("planted", spec, spec.peers)}
+    def process(plain: float, again: bool = True) -> tuple[dict, dict]:
+        rounds = {"ours": [1.0] * 5, "plain": [plain] * 5}
+        return in_a_process(bench, monkeypatch, path, spec, rounds, again)
 
-    process(again=False)
+    process(2.0, again=False)
     for plain in (2.3, 2.1):
-        told["plain"] = plain
-        assert process()["plain"].runs
-    kept = (tmp_path / "results.json").read_text()
-    row = json.loads(kept)["rows"][1]
-    assert "2.00 to 2.30 in 3 processes" in bench.report.table([row])[-1] and len(timed) == 3
+        rows, kept = process(plain)
+        assert rows["plain"].runs
+    row = kept["plain"]
+    assert "2.00 to 2.30 in 3 processes" in bench.report.table([row])[-1] and row["eager"]["rounds"] == 15
     while not settled(row["ratio"]):
-        process()
-        kept = (tmp_path / "results.json").read_text()
-        row = json.loads(kept)["rows"][1]
+        row = process(2.1)[1]["plain"]
     for each, enough in (([1.0, 9.0], False), ([1.0, 9.0, 1.0], True)):
         without_ratio = bench.rows.Row("planted", "case", "plain", eager={"median": 1.0, "each": each})
         assert without_ratio.settled is enough
         without_ratio.failed = "RuntimeError: in the last process"
         assert not without_ratio.settled
     assert not bench.rows.Row(**{**row, "eager": {**row["eager"], "unsteady": 5}}).settled
-    spent = len(timed)
-    assert spent > 3 and row["ratio"]["median"] == 2.1 and "processes" not in bench.report.table([row])[-1]
-    assert {row.absent for row in process().values()} == {bench.runner.SETTLED}
-    assert len(timed) == spent and (tmp_path / "results.json").read_text() == kept
+    assert (
+        row["eager"]["rounds"] > 15
+        and row["ratio"]["median"] == 2.1
+        and "processes" not in bench.report.table([row])[-1]
+    )
+    before = path.read_text()
+    rows, _ = process(9.0)
+    assert {row.absent for row in rows.values()} == {bench.runner.SETTLED} and path.read_text() == before
 
 
 def test_rounds_count_while_the_cores_are_near(bench, monkeypatch):
