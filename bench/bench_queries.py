@@ -125,7 +125,8 @@ def queries(
     if not compiles:
         peers[f"{THEIRS}, eager"] = Peer(models.each(models.eager), captured=True, host=True)
         library = [by_torchs_library(call) for call in models.each(fused)]
-        peers["ours, torch's library"] = "it is for a CPU" if cuda else Peer(library)
+        by_mkl = not cuda and dtype == torch.float32
+        peers["ours, torch's library"] = Peer(library) if by_mkl else "it is for fp32 on a CPU"
         peers[f"{THEIRS}, eager, fp32"] = (
             "the case is in fp32" if dtype == torch.float32 else "in another case"
         )

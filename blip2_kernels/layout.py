@@ -206,19 +206,23 @@ class DenseRows:
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows [rows, ...] laid out as [S, L, ...]; 0 where there is no row."""
+        if self.exists.shape[0] == 1:  # a sample alone has its rows in this order
+            return rows[None]
         dense = rows.new_zeros(self.exists.numel(), *rows.shape[1:]).index_copy(0, self.place, rows)
         return dense.unflatten(0, self.exists.shape)
 
     def collect(self, dense: Tensor) -> Tensor:
         """The inverse: [S, L, ...] back to rows [rows, ...]."""
-        return dense.flatten(0, 1).index_select(0, self.place)
+        rows = dense.flatten(0, 1)
+        return rows if self.exists.shape[0] == 1 else rows.index_select(0, self.place)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Where queries and packed texts lie in one buffer `[rows, hidden]`.
 
-    Build it with `from_attention_masks`. Q = 0 (text only) and no text segment (queries only) are ordinary.
+    Build it with `from_attention_masks`; a layout equals itself alone. Q = 0 (text only) and no text segment
+    (queries only) are ordinary.
 
     Attributes:
         num_queries: Q.
@@ -352,7 +356,7 @@ class TokenLayout:
     def unpack_queries(self, rows: Tensor) -> Tensor:
         """The query rows of rows [rows, C] as a view [S, Q, C]."""
         self._check_rows(rows)
-        return rows[: self.query_rows].unflatten(0, (self.samples, self.num_queries))
+        return rows[: self.query_rows].view(self.samples, self.num_queries, *rows.shape[1:])
 
     def unpack_text(self, rows: Tensor, segment: int = 0) -> Tensor:
         """The rows of a text segment in their padded places, [S, width, C]; 0 where padding was dropped."""
@@ -376,7 +380,8 @@ class TokenLayout:
             raise TypeError(f"rows: expected a tensor [{self.rows}, ...], got {describe(rows)}")
         if rows.dim() == 0 or rows.shape[0] != self.rows:
             raise ValueError(f"rows: expected [{self.rows}, ...], got {describe(rows)}")
-        check_tensor("rows", rows, None, device=self.device)
+        if rows.device != self.device:
+            check_tensor("rows", rows, None, device=self.device)
 
     def _check_one_a_segment(self, texts: object) -> None:
         if isinstance(texts, str | Tensor) or not isinstance(texts, Sequence):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .checks import describe
-from .layout import TokenLayout
+from .layout import DenseRows, TokenLayout
 
 
 class MaskMode(enum.IntEnum):
@@ -77,7 +77,11 @@ class AttentionMask:
         kv_layout = q_layout if kv_layout is None else kv_layout
         self.check(q_layout, "q_layout")
         self.check(kv_layout, "kv_layout")
-        q, kv = q_layout.dense(), kv_layout.dense()
+        q = q_layout.dense()
+        return self.between(q, q if kv_layout is q_layout else kv_layout.dense())
+
+    def between(self, q: DenseRows, kv: DenseRows) -> Tensor:
+        """The same between two rectangles."""
         from_query, to_query = (q.segment < 0)[:, None], (kv.segment < 0)[None, :]
         allowed = (from_query & to_query)[None]
         for i, mode in enumerate(self.modes):

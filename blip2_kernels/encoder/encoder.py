@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import INTEGERS, check_binary, check_int, check_tensor, describe
 from ..layout import MASK_DTYPES, Selection, TokenLayout
 from ..mask import AttentionMask
+from ..ops.dense_attention import autocasts
 from ..ops.image_arguments import check_image_index
 from ..ops.philox import Site, draw_key
 from .embeddings import first_rows
@@ -37,7 +38,7 @@ from .modules import (
     projections_reason,
     row_hinders,
 )
-from .plan import Architecture, Plan, Saving, Workload, table
+from .plan import Architecture, Plan, Products, Saving, Workload, table
 from .rows import EncodedRows
 from .weights import Fold, FoldedLinear, Join, WeightCache, with_zero_gradients
 
@@ -132,7 +133,7 @@ class FusedEncoder:
             work,
             self.architecture,
             prepared=self._cache is not None,
-            device_type=self._device_type,
+            products=self._products,
             hinders=hinders(self.qformer, whole, norm),
         )
         lines = [table(self.architecture, work, decisions)]
@@ -157,15 +158,18 @@ class FusedEncoder:
 
     @property
     def _join(self) -> Join | None:
-        how = (torch.is_grad_enabled(), self._cache is not None, self._device_type)
+        how = (torch.is_grad_enabled(), self._cache is not None, self._products)
         applies = self.plan.joined_projections(*how).applies
         return self._cache.joined if applies and self._cache is not None else None
 
     @property
-    def _device_type(self) -> str:
+    def _products(self) -> Products:
         # Of whichever parameter there is: a wrapped or quantised linear layer need not have any.
         parameter = next(self.qformer.parameters(), None)
-        return "cpu" if parameter is None else parameter.device.type
+        if parameter is None:
+            return Products()
+        half = parameter.dtype in (torch.float16, torch.bfloat16) or autocasts(parameter.device)
+        return Products(parameter.device.type, half)
 
     # --------------------------------------------------------------------------------------------- the images
 
@@ -271,7 +275,7 @@ class FusedEncoder:
             gradients=torch.is_grad_enabled(),
             attention_dropout=any(map(self._drops_probabilities, self.qformer.encoder.layer)),
         )
-        return self.plan.absorbed(work, self.architecture, hinder, self._device_type).applies
+        return self.plan.absorbed(work, self.architecture, hinder, self._products).applies
 
     def _project(self, layer: nn.Module, features: ImageFeatures) -> KeyValues | None:
         """A layer's keys and values; None where it has none or is called whole."""
@@ -350,6 +354,7 @@ class FusedEncoder:
         whole = [bypass_reason(layer) for layer in layers]
         shared, early = self._decide(run, queries, kept is not None, whole, keep_queries, keep)
 
+        checkpointed = checkpoints(self.qformer)
         owner = first_norm_owner(self.qformer)
         drop = run.hidden_dropout(owner.dropout, layout.row_keys, 0, Site.EMBEDDINGS)
         hidden = first_rows(
@@ -373,7 +378,7 @@ class FusedEncoder:
                 continue
             selected = kept if early and number == len(layers) - 1 else None
             arguments = (layer, number, hidden, run, shared and number == 0, selected)
-            if checkpoints(self.qformer):
+            if checkpointed:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._layer(*arguments)

@@ -1,6 +1,7 @@
 """What follows the matrix products of a layer: bias, dropout, residual and LayerNorm, or bias and GELU.
 
-Where the modules are as they were built, one compiled operator does it; else they are called as they are.
+Where the modules are as they were built, one compiled operator does it, which checks what it is given itself;
+else they are called as they are.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from .. import extension
-from ..ops import add_layer_norm, bias_gelu
+from ..ops.add_layer_norm.compiled import add_layer_norm_compiled, supports
+from ..ops.bias_gelu.compiled import bias_gelu_compiled
 from ..ops.linear import linear
 from ..ops.philox import Site, dropout_hidden
 from .modules import affine_reason, call_linear, plain_reason
@@ -60,7 +62,7 @@ def dense_add_norm(
         y, input_bias = _without_bias(dense, x, residual)
         if y.dtype == residual.dtype or (residual.dtype == torch.float32 and y.itemsize == 2):
             options = {} if drop is None else drop.options()
-            return add_layer_norm(
+            return add_layer_norm_compiled(
                 y, residual, norm.weight, norm.bias, input_bias=input_bias, eps=norm.eps, **options
             )
         y = y if input_bias is None else y + input_bias
@@ -77,13 +79,13 @@ def dense_gelu(dense: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
         return activation(call_linear(dense, x))
     y, bias = _without_bias(dense, x, None)
     # Without a bias there is nothing to fuse: the activation alone is one pass already.
-    return activation(y) if bias is None else bias_gelu(y, bias)
+    return activation(y) if bias is None else bias_gelu_compiled(y, bias)
 
 
 def _norm_is_fused(norm: nn.Module, residual: Tensor) -> bool:
     """Whether the compiled operator computes what this norm would."""
     return (
-        extension.device_reason(residual.device.type) is None
+        supports(residual, residual) is None
         and norm_reason(norm) is None
         and norm.weight.dtype == residual.dtype
         and residual.shape[1:] == norm.normalized_shape

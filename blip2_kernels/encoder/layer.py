@@ -127,7 +127,7 @@ def self_attention_part(
         q, k, v = _projections(run, rows, attention.query, attention.key, attention.value)
     else:
         layout, asking = kept.layout, rows.index_select(0, kept.index)
-        q = call_linear(attention.query, asking).unflatten(-1, (run.heads, -1))
+        q = _by_head(call_linear(attention.query, asking), run)
         k, v = _projections(run, rows, attention.key, attention.value)
     drop = run.attention_dropout(attention, number)
     context = self_attention(
@@ -223,7 +223,7 @@ def cross_attention_part(
     """
     attention = layer.crossattention.attention
     samples, count = run.layout.samples, run.layout.num_queries
-    q = call_linear(attention.query, queries).unflatten(-1, (run.heads, -1)).unflatten(0, (-1, count))
+    q = _by_head(call_linear(attention.query, queries), run).unflatten(0, (-1, count))
     if images is None:
         context = _absorbed(attention, q, run)
     else:
@@ -321,7 +321,12 @@ def _projections(run: Pass, rows: Tensor, *linears: nn.Module) -> list[Tensor]:
         made = [call_linear(each, rows) for each in linears]
     else:
         made = list(linear(rows, whole.weight, whole.bias).chunk(len(linears), -1))
-    return [each.unflatten(-1, (run.heads, -1)) for each in made]
+    return [_by_head(each, run) for each in made]
+
+
+def _by_head(rows: Tensor, run: Pass) -> Tensor:
+    """Rows [rows, hidden] as [rows, heads, head_dim]."""
+    return rows.view(rows.shape[0], run.heads, rows.shape[1] // run.heads)
 
 
 def _absorbed(attention: nn.Module, q: Tensor, run: Pass) -> Tensor:

@@ -108,7 +108,9 @@ def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
     be read past its `__call__`; else why not."""
     if type(module) is not kind:
         return f"is a {type(module).__qualname__}"
-    for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
+    own = module.__dict__["_parameters"]
+    for name in ("weight", "bias"):
+        parameter = own[name] if name in own else getattr(module, name, None)
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return f"has weights of type {type(parameter).__name__}"
     return touched(module)
@@ -239,14 +241,16 @@ def changes(qformer: nn.Module, whole: Sequence[str | None], *, joined: bool) ->
 
 def drops(qformer: nn.Module) -> bool:
     """Whether a forward pass of a Q-Former now would apply dropout."""
+    if not qformer.training:
+        return False
     config = qformer.config
-    rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob)
-    return qformer.training and any(rate > 0 for rate in rates)
+    return any(rate > 0 for rate in (config.hidden_dropout_prob, config.attention_probs_dropout_prob))
 
 
 def checkpoints(qformer: nn.Module) -> bool:
     """Whether a forward pass of a Q-Former now would checkpoint its layers."""
+    if not (qformer.training and torch.is_grad_enabled()):
+        return False
     # transformers' models are asked through their layers.
     owners = (qformer, next(iter(qformer.encoder.layer), qformer))
-    asked = any(getattr(owner, "gradient_checkpointing", False) for owner in owners)
-    return asked and qformer.training and torch.is_grad_enabled()
+    return any(getattr(owner, "gradient_checkpointing", False) for owner in owners)

@@ -38,10 +38,24 @@ class Saving(enum.StrEnum):
 
 
 WORTH_ABSORBING = 3
-"""How many times fewer FLOPs the absorbed form of cross-attention must have on a GPU. Its products are
-narrower, and what it writes between them is heads times as wide as keys and values: on an H200, 32 queries
-in bf16 take 1.2 to 1.6 times as long in this form at 257 tokens (0.8 times the FLOPs), 1.15 times at
-677 (0.65)."""
+"""How many times fewer FLOPs the absorbed form of cross-attention must have on a GPU, and in half precision
+anywhere. Its products are narrower, and what it writes between them is heads times as wide as keys and
+values: on an H200, 32 queries in bf16 take 1.2 to 1.6 times as long in this form at 257 tokens (0.8 times the
+FLOPs), 1.15 times at 677 (0.65). On a CPU its scores are products in fp32: on an Intel Xeon with AMX, 1.2 to
+2.0 times as long at 257 tokens, 1.2 to 1.4 at 677."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """How matrix products are computed.
+
+    Attributes:
+        device_type: "cuda" or "cpu".
+        half: in half precision, by their operands or under autocast.
+    """
+
+    device_type: str = "cpu"
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,7 @@ class Plan:
         work: Workload,
         architecture: Architecture,
         hinder: str | None = None,
-        device_type: str = "cpu",
+        products: Products = Products(),
     ) -> Decision:
         """Keys and values never computed: for inference, where few rows look at an image."""
         rows = work.query_rows if work.looking_rows is None else work.looking_rows
@@ -223,7 +237,7 @@ class Plan:
         elif not work.images:
             hinder = "no image is read"
         decline = None
-        fewer = 1 if device_type == "cpu" else WORTH_ABSORBING
+        fewer = 1 if products == Products("cpu", half=False) else WORTH_ABSORBING
         if fewer * absorbed_flops(*images) >= projected_flops(*images):
             decline = f"{rows / max(work.images, 1):.4g} rows look at an image: keys and values are cheaper"
         return self.decide(Saving.ABSORBED, hinder=hinder, decline=decline)
@@ -251,12 +265,12 @@ class Plan:
             return self.decide(Saving.DEAD_ROWS, decline="every row is read")
         return self.decide(Saving.DEAD_ROWS, hinder=hinder)
 
-    def joined_projections(self, gradients: bool, prepared: bool, device_type: str) -> Decision:
+    def joined_projections(self, gradients: bool, prepared: bool, products: Products) -> Decision:
         """The projections of self-attention from weights that lie side by side."""
         hinder = None if prepared else "prepare_inference() was not called"
         if gradients:
             hinder = "a gradient is asked for"
-        on_cpu = device_type == "cpu"
+        on_cpu = products.device_type == "cpu"
         decline = "on a CPU one large product takes as long as three" if on_cpu else None
         return self.decide(Saving.JOINED_PROJECTIONS, hinder=hinder, decline=decline)
 
@@ -266,7 +280,7 @@ class Plan:
         architecture: Architecture,
         *,
         prepared: bool = False,
-        device_type: str = "cpu",
+        products: Products = Products(),
         hinders: Hinders = Hinders(),
     ) -> dict[Saving, Decision]:
         """Every decision for a pass.
@@ -275,7 +289,7 @@ class Plan:
             work: the pass.
             architecture: of the Q-Former.
             prepared: `FusedEncoder.prepare_inference` was called.
-            device_type: where the parameters are.
+            products: how they are computed.
             hinders: what changed modules stand in the way of; default none.
         """
         unread = None if work.images else "no image is read"
@@ -289,14 +303,12 @@ class Plan:
             Saving.NO_IMAGE_GRADIENT: self.no_image_gradient(
                 work.image_gradients, unread or hinders.image_norm or hinders.every_image
             ),
-            Saving.ABSORBED: self.absorbed(
-                work, architecture, checkpointed or hinders.some_images, device_type
-            ),
+            Saving.ABSORBED: self.absorbed(work, architecture, checkpointed or hinders.some_images, products),
             Saving.SHARED_FIRST_LAYER: self.shared_first_layer(work, hinders.first_layer),
             Saving.DEAD_ROWS: self.dead_rows(work, hinders.last_layer),
             Saving.BIAS_IDENTITIES: self.bias_identities(work.attention_dropout, hinders.every_image),
             Saving.SUPERVISED_ROWS: self.decide(Saving.SUPERVISED_ROWS),
-            Saving.JOINED_PROJECTIONS: self.joined_projections(work.gradients, prepared, device_type),
+            Saving.JOINED_PROJECTIONS: self.joined_projections(work.gradients, prepared, products),
         }
 
 

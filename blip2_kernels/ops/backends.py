@@ -19,17 +19,17 @@ def choose_backend(backend: object, candidates: Mapping[str, Supports]) -> str:
         ValueError: an unknown name, or a named backend that cannot serve, with the reason. An explicit choice
             never falls back silently.
     """
-    names = ", ".join(repr(name) for name in ("auto", *candidates))
-    if not isinstance(backend, str) or (backend != "auto" and backend not in candidates):
+    if isinstance(backend, str) and backend == "auto":
+        reasons = {}
+        for name, supports in candidates.items():
+            reasons[name] = supports()
+            if reasons[name] is None:
+                return name
+        raise ValueError(f"backend: none can serve this call: {reasons}")
+    if not isinstance(backend, str) or backend not in candidates:
+        names = ", ".join(repr(name) for name in ("auto", *candidates))
         raise ValueError(f"backend: expected one of {names}, got {describe(backend)}")
-    if backend != "auto":
-        reason = candidates[backend]()
-        if reason is not None:
-            raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
-        return backend
-    reasons = {}
-    for name, supports in candidates.items():
-        reasons[name] = supports()
-        if reasons[name] is None:
-            return name
-    raise ValueError(f"backend: none can serve this call: {reasons}")
+    reason = candidates[backend]()
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
+    return backend

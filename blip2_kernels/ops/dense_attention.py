@@ -52,7 +52,8 @@ def _has_autocast(device_type: str) -> bool:
 
 def autocasts(device: torch.device) -> bool:
     """Whether matrix products on a device run in autocast's dtype here."""
-    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind in ("cpu", "cuda") or _has_autocast(kind)) and torch.is_autocast_enabled(kind)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

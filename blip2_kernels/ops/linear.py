@@ -51,16 +51,19 @@ def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def plain_linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """None where oneDNN multiplies, else why `torch.nn.functional.linear` does."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    for tensor in tensors:
+    if x.device.type != "cpu":
+        return f"a tensor is on {x.device}"
+    if torch.compiler.is_compiling():
+        return "the compiler chooses"
+    if (reason := _fast_blas_reason()) is not None:
+        return reason
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn is switched off"
-    if torch.compiler.is_compiling():
-        return "the compiler chooses"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func has no rule for oneDNN's product"
     if autocasts(x.device):
@@ -69,7 +72,7 @@ def plain_linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         return "there is next to nothing to multiply"
     if x.shape[-1] != weight.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         return "the shapes do not fit"  # which torch says better, and oneDNN's product does not look at
-    return _fast_blas_reason()
+    return None
 
 
 @cache

@@ -23,11 +23,11 @@ def add_layer_norm_compiled(
     *,
     input_bias: Tensor | None,
     eps: float,
-    dropout: float,
-    dropout_key: Tensor | None,
-    row_keys: Tensor | None,
-    layer: int,
-    site: Site,
+    dropout: float = 0.0,
+    dropout_key: Tensor | None = None,
+    row_keys: Tensor | None = None,
+    layer: int = 0,
+    site: Site = Site.SELF_OUTPUT,
 ) -> Tensor:
     """See `add_layer_norm`."""
     if dropout == 0:

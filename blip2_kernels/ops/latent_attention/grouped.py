@@ -42,6 +42,13 @@ def _image_by_image(
     tokens, width 1408, one core with avx512_bf16).
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def read(rows: Tensor, tokens: Tensor) -> Tensor:
+        scores = linear(rows.to(wide), tokens.to(wide)).mul_(scale)
+        return linear(scores.softmax(-1).to(q.dtype), tokens.t())
+
+    if len(features) == 1 and visible is None and features.numel() and q.numel():
+        return read(q.flatten(0, 1), features[0]).view(q.shape)  # nothing to put together
     out = torch.empty(q.shape, dtype=q.dtype)  # every sample looks at some image
     for image, tokens in enumerate(features):
         if visible is not None and not bool(visible[image].all()):
@@ -51,7 +58,5 @@ def _image_by_image(
         if tokens.numel() == 0:
             out[looking] = 0
         elif rows.numel():
-            scores = linear(rows.to(wide), tokens.to(wide)).mul_(scale)
-            context = linear(scores.softmax(-1).to(q.dtype), tokens.t())
-            out[looking] = context.view(-1, *q.shape[1:])
+            out[looking] = read(rows, tokens).view(-1, *q.shape[1:])
     return out

@@ -1,12 +1,14 @@
 """Backend `torch`: the mask's structure as one, two or three calls of scaled_dot_product_attention."""
 
 import itertools
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ...checks import values_are_free
-from ...layout import TokenLayout
+from ...layout import DenseRows, TokenLayout
 from ...mask import AttentionMask, MaskMode
 from ..dense_attention import attend_torch
 
@@ -46,35 +48,92 @@ def self_attention_sdpa(
         key, value = (kv_layout.unpack_queries(t).transpose(1, 2) for t in (k, v))
         return attend_torch(query, key, value, None, scale).transpose(1, 2).flatten(0, 1)
 
-    q_rows, kv_rows = q_layout.dense(), kv_layout.dense()
-    query, key, value = q_rows.spread(q), kv_rows.spread(k), kv_rows.spread(v)
-    if kv_layout.padded:
-        padding = ~kv_rows.real[:, :, None, None]
-        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
-    allowed = mask.dense(q_layout, kv_layout)[:, None]
+    table = _table(q_layout, kv_layout, mask)
+    query, key, value = table.q_rows.spread(q), table.kv_rows.spread(k), table.kv_rows.spread(v)
+    if table.padding is not None:
+        key, value = key.masked_fill(table.padding, 0), value.masked_fill(table.padding, 0)
     outputs = []
-    for rows, keys in attention_blocks(mask):
-        row_part, key_part = _columns(q_layout, rows), _columns(kv_layout, keys)
-        block = _take(_take(allowed, row_part, 2), key_part, 3)
-        queries = _take(query, row_part, 1).transpose(1, 2)
-        keyed, valued = (_take(t, key_part, 1).transpose(1, 2) for t in (key, value))
-        outputs.append(_attend(queries, keyed, valued, block, scale).transpose(1, 2))
-    return q_rows.collect(torch.cat(outputs, dim=1))
+    for block in table.blocks:
+        queries = _take(query, block.rows, 1).transpose(1, 2)
+        keyed, valued = (_take(t, block.keys, 1).transpose(1, 2) for t in (key, value))
+        outputs.append(attend_torch(queries, keyed, valued, block.allowed, scale).transpose(1, 2))
+    return table.q_rows.collect(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    # Looking at the values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
-    full = values_are_free(allowed.device) and bool(allowed.all())
-    return attend_torch(query, key, value, None if full else allowed, scale)
+Columns = list[tuple[int, int]]
+"""Start and size of parts of a rectangle of rows."""
 
 
-def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class _Block:
+    """One call of scaled_dot_product_attention.
+
+    Attributes:
+        rows, keys: which columns of the query side's rectangle attend to which of the key side's.
+        allowed: bool [S, 1, rows, keys], or None where nothing is hidden.
+    """
+
+    rows: Columns
+    keys: Columns
+    allowed: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Who attends to whom between the rectangles of two layouts: the same in every layer of a pass.
+
+    Attributes:
+        q_rows, kv_rows: the rectangles.
+        padding: bool [S, Lk, 1, 1], True where a key is a padding row; None where none is.
+        blocks: of a mask.
+    """
+
+    q_rows: DenseRows
+    kv_rows: DenseRows
+    padding: Tensor | None
+    blocks: tuple[_Block, ...]
+
+    @classmethod
+    def of(cls, q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> "_Table":
+        # Looking at values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
+        free = values_are_free(q_layout.device)
+        q_rows = q_layout.dense()
+        kv_rows = q_rows if kv_layout is q_layout else kv_layout.dense()
+        padded = kv_layout.padded and not (free and bool(kv_rows.real.all()))
+        padding = ~kv_rows.real[:, :, None, None] if padded else None
+        allowed = mask.between(q_rows, kv_rows)[:, None]
+        blocks = []
+        for rows, keys in attention_blocks(mask):
+            row_part, key_part = _columns(q_layout, rows), _columns(kv_layout, keys)
+            block = _take(_take(allowed, row_part, 2), key_part, 3)
+            blocks.append(_Block(row_part, key_part, None if free and bool(block.all()) else block))
+        return cls(q_rows, kv_rows, padding, tuple(blocks))
+
+
+_KEPT: WeakKeyDictionary[TokenLayout, WeakKeyDictionary[TokenLayout, dict[AttentionMask, _Table]]]
+_KEPT = WeakKeyDictionary()
+
+
+def _table(q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> _Table:
+    """The table of two layouts. On the CPU it is kept as long as both live: making it takes longer than all
+    else that Python does for a layer."""
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    if traced or not values_are_free(q_layout.device):
+        return _Table.of(q_layout, kv_layout, mask)
+    kept = _KEPT.setdefault(q_layout, WeakKeyDictionary()).setdefault(kv_layout, {})
+    if mask not in kept:
+        with torch.inference_mode(False):  # a pass with gradients may be the next that asks
+            kept[mask] = _Table.of(q_layout, kv_layout, mask)
+    return kept[mask]
+
+
+def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> Columns:
     """(start, size) of each part among the rectangle's columns."""
     sizes = [layout.num_queries, *(text.max_length for text in layout.texts)]
     return [(sum(sizes[: part + 1]), sizes[part + 1]) for part in parts]
 
 
-def _take(t: Tensor, parts: list[tuple[int, int]], dim: int) -> Tensor:
+def _take(t: Tensor, parts: Columns, dim: int) -> Tensor:
     """The columns of the parts, as a view where they are neighbours."""
     if all(a[0] + a[1] == b[0] for a, b in itertools.pairwise(parts)):
         return t.narrow(dim, parts[0][0], sum(size for _, size in parts))

@@ -1,0 +1,127 @@
+"""What backend `torch` of self_attention keeps of a pair of layouts; and one sample alone."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tolerances import max_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blip2_kernels.layout import TokenLayout
+from blip2_kernels.mask import AttentionMask, MaskMode
+from blip2_kernels.ops import self_attention
+from blip2_kernels.ops.self_attention import sdpa
+
+U, B, C = MaskMode.UNIMODAL, MaskMode.BIDIRECTIONAL, MaskMode.MULTIMODAL_CAUSAL
+MODES = [(U,), (B,), (C,), (U, C)]
+MODE_IDS = ["unimodal", "bidirectional", "causal", "pair"]
+
+
+def layout_of(lengths: list[int], segments: int = 1, padded: bool = False) -> TokenLayout:
+    masks = [(torch.arange(9) < torch.tensor(lengths)[:, None]).int() for _ in range(segments)]
+    return TokenLayout.from_attention_masks(5, masks, padded=padded)
+
+
+def rows_of(layout: TokenLayout) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(layout.rows, 2, 8, dtype=torch.float64, generator=generator) for _ in range(3)]
+
+
+def attend(layout: TokenLayout, *modes: MaskMode, backend: str = "torch") -> torch.Tensor:
+    return self_attention(*rows_of(layout), layout, layout, AttentionMask(modes), backend=backend)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The masks of the tables that were made."""
+    masks = []
+    make = sdpa._Table.of
+    monkeypatch.setattr(sdpa._Table, "of", lambda q, kv, mask: masks.append(mask) or make(q, kv, mask))
+    return masks
+
+
+@pytest.mark.parametrize("modes", MODES, ids=MODE_IDS)
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("length", [0, 4, 9])
+def test_one_sample(length, padded, modes):
+    """All, some and no row of the queries among those that attend."""
+    layout = layout_of([length], len(modes), padded)
+    q, k, v = rows_of(layout)
+    for queries, text in ((True, "all"), (False, "all"), (True, "none")):
+        kept, index = layout.select(queries=queries, texts=[text] * len(modes))
+        got, want = (
+            self_attention(q[index], k, v, kept, layout, AttentionMask(modes), backend=backend)
+            for backend in ("torch", "reference")
+        )
+        assert max_error(got, want) <= 1e-12
+    rows = layout.dense().spread(q)
+    assert torch.equal(layout.dense().collect(rows), q) and rows.shape[0] == 1
+
+
+def test_a_table_is_made_once_for_a_pair_of_layouts_and_a_mask(made):
+    layout, other = layout_of([3, 9]), layout_of([9, 3])
+    for _ in range(3):
+        attend(layout, B)
+    assert made == [AttentionMask((B,))]
+    causal, further = attend(layout, C), attend(other, B)
+    assert made == [AttentionMask((mode,)) for mode in (B, C, B)]
+    assert max_error(causal, attend(layout, C, backend="reference")) <= 1e-12
+    assert max_error(further, attend(other, B, backend="reference")) <= 1e-12
+    text, index = layout.select(queries=False)
+    q, k, v = rows_of(layout)
+    for _ in range(2):
+        self_attention(q[index], k, v, text, layout, AttentionMask((C,)), backend="torch")
+    assert len(made) == 4
+
+
+def test_a_table_lives_as_long_as_its_layouts():
+    layout = layout_of([3, 9])
+    kept, index = layout.select(queries=False)
+    q, k, v = rows_of(layout)
+    self_attention(q[index], k, v, kept, layout, AttentionMask((C,)), backend="torch")
+    attend(layout, C)
+    table = weakref.ref(sdpa._KEPT[kept][layout][AttentionMask((C,))])
+    own = weakref.ref(sdpa._KEPT[layout][layout][AttentionMask((C,))])
+    gc.disable()
+    try:
+        del kept
+        assert table() is None and own() is not None
+        del layout
+        assert own() is None
+    finally:
+        gc.enable()
+
+
+def test_a_table_of_an_inference_serves_a_training_step():
+    layout = layout_of([3, 9])
+    with torch.inference_mode():
+        attend(layout, C)
+    leaves = [t.requires_grad_() for t in rows_of(layout)]
+    out = self_attention(*leaves, layout, layout, AttentionMask((C,)), backend="torch")
+    out.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_a_mode_sees_every_operation_and_leaves_no_table(made):
+    """What a mode makes of tensors may be its own."""
+    layout = layout_of([3, 9])
+
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.operations = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations.append(function)
+            return function(*args, **kwargs or {})
+
+    with Seen() as first:
+        attend(layout, C)
+    assert len(made) == 1
+    attend(layout, C)
+    with Seen() as second:
+        attend(layout, C)
+    assert len(made) == 3 and first.operations == second.operations
+    attend(layout, C)
+    assert len(made) == 3
