@@ -210,6 +210,7 @@ CASES = {
     "queries-text-64x257": spec(partial(queries, 64, 257, text=True), NAMED, SHORT),
     "queries-text-512x257": spec(partial(queries, 512, 257, text=True), NAMED, FULL),
     "queries-2x257-bf16": spec(partial(queries, 2, 257, dtype=torch.bfloat16, fp32=True), FULL, NAMED),
+    "queries-8x257-bf16": spec(partial(queries, 8, 257, dtype=torch.bfloat16), FULL, NAMED),
     "queries-1x257-compiled": spec(partial(queries, 1, 257, compiles=True), FULL, SHORT, True),
     "queries-8x257-compiled": spec(partial(queries, 8, 257, compiles=True), NAMED, FULL, True),
     "queries-64x257-compiled": spec(partial(queries, 64, 257, compiles=True), NAMED, SHORT, True),

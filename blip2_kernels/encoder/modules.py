@@ -118,7 +118,7 @@ def plain_reason(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x); past its `__call__` where it is an untouched linear layer, by the faster library."""
-    if x.device.type == "cpu" and plain_reason(module, nn.Linear) is None:
+    if x.is_cpu and plain_reason(module, nn.Linear) is None:
         return linear(x, module.weight, module.bias)
     return module(x)
 

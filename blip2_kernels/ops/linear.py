@@ -51,18 +51,19 @@ def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def plain_linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """None where oneDNN multiplies, else why `torch.nn.functional.linear` does."""
-    if x.device.type != "cpu":
+    # Asked a hundred times a pass, and no core computes until it is answered.
+    if not x.is_cpu:
         return f"a tensor is on {x.device}"
     if torch.compiler.is_compiling():
         return "the compiler chooses"
     if (reason := _fast_blas_reason()) is not None:
         return reason
     for tensor in (x, weight) if bias is None else (x, weight, bias):
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}"
         if tensor.dtype != torch.float32:
             return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
-    if not torch.backends.mkldnn.enabled:
+    if not torch._C._get_mkldnn_enabled():
         return "torch.backends.mkldnn is switched off"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func has no rule for oneDNN's product"
