@@ -117,8 +117,7 @@ _KEPT = WeakKeyDictionary()
 def _table(q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> _Table:
     """The table of two layouts. On the CPU it is kept as long as both live: making it takes longer than all
     else that Python does for a layer."""
-    traced = torch._C._len_torch_dispatch_stack() > 0
-    if traced or not values_are_free(q_layout.device):
+    if not values_are_free(q_layout.device) or torch._C._len_torch_dispatch_stack():
         return _Table.of(q_layout, kv_layout, mask)
     kept = _KEPT.setdefault(q_layout, WeakKeyDictionary()).setdefault(kv_layout, {})
     if mask not in kept:
