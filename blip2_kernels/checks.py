@@ -68,14 +68,13 @@ def check_tensor(
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """Check a host integer in [minimum, maximum]; raises TypeError or ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value >= minimum and (maximum is None or value <= maximum):
-            return value
-        wrong: type[Exception] = ValueError
-    else:
-        wrong = TypeError
+    most = math.inf if maximum is None else maximum
+    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= most:
+        return value
     bounds = f"an int in [{minimum}, {maximum}]" if maximum is not None else f"an int >= {minimum}"
-    raise wrong(f"{name}: expected {bounds}, got {describe(value) if wrong is TypeError else value}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {bounds}, got {describe(value)}")
+    raise ValueError(f"{name}: expected {bounds}, got {value}")
 
 
 def check_finite(

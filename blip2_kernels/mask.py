@@ -81,7 +81,7 @@ class AttentionMask:
         return self.between(q, q if kv_layout is q_layout else kv_layout.dense())
 
     def between(self, q: DenseRows, kv: DenseRows) -> Tensor:
-        """The same between two rectangles."""
+        """The same between the rectangles themselves, bool [S, Lq, Lk]."""
         from_query, to_query = (q.segment < 0)[:, None], (kv.segment < 0)[None, :]
         allowed = (from_query & to_query)[None]
         for i, mode in enumerate(self.modes):
