@@ -207,21 +207,22 @@ class DenseRows:
     def spread(self, rows: Tensor) -> Tensor:
         """Rows [rows, ...] laid out as [S, L, ...]; 0 where there is no row."""
         if self.exists.shape[0] == 1:  # a sample alone has its rows in this order
-            return rows[None]
+            return rows.unflatten(0, self.exists.shape)
         dense = rows.new_zeros(self.exists.numel(), *rows.shape[1:]).index_copy(0, self.place, rows)
         return dense.unflatten(0, self.exists.shape)
 
     def collect(self, dense: Tensor) -> Tensor:
         """The inverse: [S, L, ...] back to rows [rows, ...]."""
         rows = dense.flatten(0, 1)
-        return rows if self.exists.shape[0] == 1 else rows.index_select(0, self.place)
+        return rows.contiguous() if self.exists.shape[0] == 1 else rows.index_select(0, self.place)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Where queries and packed texts lie in one buffer `[rows, hidden]`.
 
-    Build it with `from_attention_masks`; a layout equals itself alone. Q = 0 (text only) and no text segment
+    Build it with `from_attention_masks`. Its tensors are not written to: what is made of them on a CPU may be
+    kept as long as it lives. A layout equals itself alone. Q = 0 (text only) and no text segment
     (queries only) are ordinary.
 
     Attributes:
@@ -242,7 +243,7 @@ class TokenLayout:
     row_keys: Tensor
     padded: bool = False
     consecutive: bool = True
-    selected_from: Tensor | None = field(default=None, repr=False, compare=False)
+    selected_from: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def from_attention_masks(

@@ -245,8 +245,8 @@ class Blip2ForImageTextRetrieval(Blip2Base):
 
         A pair that is among the best both ways is read once, and so is every text for ITC. Up to `batch_size`
         images are prepared once for both steps. More are prepared once a step, since keys and values of all
-        would have to be held between the two; on a CPU the first step needs none, as it takes the absorbed
-        form.
+        would have to be held between the two; in fp32 on a CPU the first step needs none, as it takes the
+        absorbed form.
 
         Args:
             k: candidates a query (of texts or images); all where there are fewer.

@@ -288,7 +288,7 @@ def call_whole(layer: nn.Module, rows: Tensor, run: Pass, call: CallLayer) -> Te
         layer,
         LayerCall(
             dense.spread(rows),
-            run.mask.dense(layout)[:, None],
+            run.mask.between(dense, dense)[:, None],
             layout.num_queries,
             features,
             image_allowed,

@@ -111,17 +111,21 @@ def _once(name: str, outputs: tuple) -> Any:
     return torch._C._functions.DelayedError(message, len(leaves))(*leaves)
 
 
-def _watched(arguments: tuple) -> bool:
-    """Whether a compiler, tracer, mode, transform or profiler wants to see operators, or an argument is more
-    than a plain tensor on a CPU or GPU."""
-    if (
+def traced() -> bool:
+    """Whether a compiler, tracer, mode or transform wants to see operators, and may make tensors its own."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    )
+
+
+def _watched(arguments: tuple) -> bool:
+    """Whether someone wants to see operators, a profiler too, or an argument is more than a plain tensor on a
+    CPU or GPU."""
+    if traced() or torch._C._autograd._profiler_enabled():
         return True
     for argument in arguments:
         kind = type(argument)

@@ -6,6 +6,8 @@ import weakref
 import pytest
 import torch
 from tolerances import max_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip2_kernels.layout import TokenLayout
@@ -101,6 +103,67 @@ def test_a_table_of_an_inference_serves_a_training_step():
     out = self_attention(*leaves, layout, layout, AttentionMask((C,)), backend="torch")
     out.sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
+
+
+@pytest.mark.parametrize("transform", ["functionalize", "vmap", "grad of grad", "function mode"])
+def test_what_others_made_is_not_kept(transform, made):
+    """Their tensors may be their own, and must not come back in a later call."""
+    layout = layout_of([3, 9])
+    q, k, v = (t.float() for t in rows_of(layout))
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return self_attention(q, k, v, layout, layout, AttentionMask((C,)), backend="torch")
+
+    def gradient(q: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.grad(lambda q: call(q).sum())(q)
+
+    expected = self_attention(q, k, v, layout, layout, AttentionMask((C,)), backend="reference")
+    made.clear()
+    if transform == "functionalize":
+        torch.func.functionalize(call)(q)
+    elif transform == "vmap":
+        torch.vmap(call)(q[None])
+    elif transform == "grad of grad":
+        torch.func.grad(lambda q: gradient(q).square().sum())(q)
+    else:
+        with BaseTorchFunctionMode():
+            call(q)
+    assert made and not sdpa._KEPT.get(layout)
+    if transform == "grad of grad":
+        gradient(q)
+    assert max_error(call(q), expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_a_trace_has_what_makes_a_table_in_it():
+    """Both times: torch traces again to check, between calls that keep a table."""
+    layout = layout_of([3, 9])
+    q, k, v = rows_of(layout)
+    mask = AttentionMask((C,))
+    traced = torch.jit.trace(lambda *t: self_attention(*t, layout, layout, mask, backend="torch"), (q, k, v))
+    assert max_error(traced(q, k, v), attend(layout, C)) <= 1e-12
+    assert "index_copy" in str(traced.graph)
+
+
+def test_a_large_table_is_not_kept(made, monkeypatch):
+    layout = layout_of([3, 9])
+    pairs = 2 * (5 + 9) ** 2
+    for most, tables in ((pairs - 1, 2), (pairs, 1)):
+        made.clear()
+        monkeypatch.setattr(sdpa, "KEPT", most)
+        for _ in range(2):
+            attend(layout, C)
+        assert len(made) == tables
+
+
+def test_rows_are_contiguous_for_one_sample_too():
+    layout = layout_of([4])
+    leaves = [t.bfloat16().requires_grad_() for t in rows_of(layout)]
+    out = self_attention(*leaves, layout, layout, AttentionMask((B,)), backend="torch")
+    assert out.is_contiguous()
+    with pytest.raises(RuntimeError):
+        layout.dense().spread(torch.zeros(layout.rows + 1, 2))
 
 
 def test_a_mode_sees_every_operation_and_leaves_no_table(made):

@@ -22,7 +22,8 @@ def self_attention_reference(
     scale: float,
 ) -> Tensor:
     """See `self_attention`; differentiable, deterministic on the CPU, in any floating dtype."""
-    q_rows, kv_rows = q_layout.dense(), kv_layout.dense()
+    q_rows = q_layout.dense()
+    kv_rows = q_rows if kv_layout is q_layout else kv_layout.dense()
     padding = ~kv_rows.real[:, :, None, None]
 
     def drop(probs: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def self_attention_reference(
         # 0 · NaN would leak out of padding rows, so they are blanked, not only masked.
         kv_rows.spread(k).masked_fill(padding, 0).transpose(1, 2),
         kv_rows.spread(v).masked_fill(padding, 0).transpose(1, 2),
-        mask.dense(q_layout, kv_layout)[:, None],
+        mask.between(q_rows, kv_rows)[:, None],
         scale,
         drop if dropout > 0 else None,
     )

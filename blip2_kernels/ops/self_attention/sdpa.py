@@ -11,8 +11,11 @@ from ...checks import values_are_free
 from ...layout import DenseRows, TokenLayout
 from ...mask import AttentionMask, MaskMode
 from ..dense_attention import attend_torch
+from ..library import traced
 
 QUERIES = -1
+KEPT = 1 << 22
+"""Pairs of a row and a key up to which it is kept who attends to whom, a byte each."""
 
 
 def supports(dropout: float) -> str | None:
@@ -115,9 +118,10 @@ _KEPT = WeakKeyDictionary()
 
 
 def _table(q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> _Table:
-    """The table of two layouts. On the CPU it is kept as long as both live: making it takes longer than all
-    else that Python does for a layer."""
-    if not values_are_free(q_layout.device) or torch._C._len_torch_dispatch_stack():
+    """The table of two layouts, kept on the CPU as long as both live, unless it is large: making a small one
+    takes longer than all else that Python does for a layer."""
+    pairs = q_layout.samples * sum(_sizes(q_layout)) * sum(_sizes(kv_layout))
+    if traced() or not values_are_free(q_layout.device) or pairs > KEPT:
         return _Table.of(q_layout, kv_layout, mask)
     kept = _KEPT.setdefault(q_layout, WeakKeyDictionary()).setdefault(kv_layout, {})
     if mask not in kept:
@@ -126,9 +130,14 @@ def _table(q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -
     return kept[mask]
 
 
+def _sizes(layout: TokenLayout) -> list[int]:
+    """Columns of the rectangle that are queries', and each text segment's."""
+    return [layout.num_queries, *(text.max_length for text in layout.texts)]
+
+
 def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> Columns:
     """(start, size) of each part among the rectangle's columns."""
-    sizes = [layout.num_queries, *(text.max_length for text in layout.texts)]
+    sizes = _sizes(layout)
     return [(sum(sizes[: part + 1]), sizes[part + 1]) for part in parts]
 
 
