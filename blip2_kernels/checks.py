@@ -42,18 +42,18 @@ def check_tensor(
         TypeError: not a tensor, or of another dtype.
         ValueError: another rank, size or device.
     """
-    if shape is None:
-        shape = value.shape if isinstance(value, Tensor) else ["..."]
     if isinstance(value, Tensor):
         got = value.shape
-        fits = len(got) == len(shape)
-        if fits:
+        fits = shape is None or len(got) == len(shape)
+        if fits and shape is not None:
             for size, want in zip(got, shape, strict=True):
                 if size != want and not isinstance(want, str):
                     fits = False
         if fits and (not dtypes or value.dtype in dtypes) and (device is None or value.device == device):
             return value
     # Everything below is for the message: a call that is right does not pay for it.
+    if shape is None:
+        shape = value.shape if isinstance(value, Tensor) else ["..."]
     wanted = "[" + ", ".join(map(str, shape)) + "]"
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     expected = f"{kinds} {wanted}".strip()

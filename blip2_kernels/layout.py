@@ -381,8 +381,7 @@ class TokenLayout:
             raise TypeError(f"rows: expected a tensor [{self.rows}, ...], got {describe(rows)}")
         if rows.dim() == 0 or rows.shape[0] != self.rows:
             raise ValueError(f"rows: expected [{self.rows}, ...], got {describe(rows)}")
-        if rows.device != self.device:
-            check_tensor("rows", rows, None, device=self.device)
+        check_tensor("rows", rows, None, device=self.device)
 
     def _check_one_a_segment(self, texts: object) -> None:
         if isinstance(texts, str | Tensor) or not isinstance(texts, Sequence):

@@ -19,6 +19,12 @@ from .checks import describe
 from .layout import DenseRows, TokenLayout
 
 
+def rectangles(q_layout: TokenLayout, kv_layout: TokenLayout) -> tuple[DenseRows, DenseRows]:
+    """The rows of both as rectangles; one, twice, where both are the same layout."""
+    q_rows = q_layout.dense()
+    return q_rows, q_rows if kv_layout is q_layout else kv_layout.dense()
+
+
 class MaskMode(enum.IntEnum):
     """One of the paper's three self-attention masks."""
 
@@ -77,8 +83,7 @@ class AttentionMask:
         kv_layout = q_layout if kv_layout is None else kv_layout
         self.check(q_layout, "q_layout")
         self.check(kv_layout, "kv_layout")
-        q = q_layout.dense()
-        return self.between(q, q if kv_layout is q_layout else kv_layout.dense())
+        return self.between(*rectangles(q_layout, kv_layout))
 
     def between(self, q: DenseRows, kv: DenseRows) -> Tensor:
         """The same between the rectangles themselves, bool [S, Lq, Lk]."""

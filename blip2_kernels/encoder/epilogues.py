@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from .. import extension
-from ..ops.add_layer_norm.compiled import add_layer_norm_compiled, supports
+from ..ops.add_layer_norm.compiled import add_layer_norm_compiled
 from ..ops.bias_gelu.compiled import bias_gelu_compiled
 from ..ops.linear import linear
 from ..ops.philox import Site, dropout_hidden
@@ -85,7 +85,7 @@ def dense_gelu(dense: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
 def _norm_is_fused(norm: nn.Module, residual: Tensor) -> bool:
     """Whether the compiled operator computes what this norm would."""
     return (
-        supports(residual, residual) is None
+        extension.rows_reason(residual.dtype, residual.device.type, residual.shape[1]) is None
         and norm_reason(norm) is None
         and norm.weight.dtype == residual.dtype
         and residual.shape[1:] == norm.normalized_shape
@@ -102,7 +102,7 @@ def norm_reason(norm: nn.Module) -> str | None:
 
 def _is_exact_gelu(activation: nn.Module, x: Tensor) -> bool:
     exact = plain_reason(activation, GELUActivation) is None and activation.act is F.gelu
-    return exact and x.dtype != torch.float64 and extension.device_reason(x.device.type) is None
+    return exact and extension.rows_reason(x.dtype, x.device.type) is None
 
 
 def _without_bias(dense: nn.Module, x: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:

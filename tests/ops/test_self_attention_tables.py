@@ -154,7 +154,7 @@ def test_a_large_table_is_not_kept(made, monkeypatch):
     pairs = 2 * (5 + 9) ** 2
     for most, tables in ((pairs - 1, 2), (pairs, 1)):
         made.clear()
-        monkeypatch.setattr(sdpa, "KEPT", most)
+        monkeypatch.setattr(sdpa, "MOST_PAIRS", most)
         for _ in range(2):
             attend(layout, C)
         assert len(made) == tables

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ...layout import TokenLayout
-from ...mask import AttentionMask
+from ...mask import AttentionMask, rectangles
 from ..dense_attention import attend
 from ..philox import Site, dropout_attention
 
@@ -22,8 +22,7 @@ def self_attention_reference(
     scale: float,
 ) -> Tensor:
     """See `self_attention`; differentiable, deterministic on the CPU, in any floating dtype."""
-    q_rows = q_layout.dense()
-    kv_rows = q_rows if kv_layout is q_layout else kv_layout.dense()
+    q_rows, kv_rows = rectangles(q_layout, kv_layout)
     padding = ~kv_rows.real[:, :, None, None]
 
     def drop(probs: Tensor) -> Tensor:

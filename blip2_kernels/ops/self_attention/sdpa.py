@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ...checks import values_are_free
 from ...layout import DenseRows, TokenLayout
-from ...mask import AttentionMask, MaskMode
+from ...mask import AttentionMask, MaskMode, rectangles
 from ..dense_attention import attend_torch
 from ..library import traced
 
 QUERIES = -1
-KEPT = 1 << 22
+MOST_PAIRS = 1 << 22
 """Pairs of a row and a key up to which it is kept who attends to whom, a byte each."""
 
 
@@ -100,8 +100,7 @@ class _Table:
     def of(cls, q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> "_Table":
         # Looking at values is free on the CPU only; a mask that hides nothing would cost the fast kernel.
         free = values_are_free(q_layout.device)
-        q_rows = q_layout.dense()
-        kv_rows = q_rows if kv_layout is q_layout else kv_layout.dense()
+        q_rows, kv_rows = rectangles(q_layout, kv_layout)
         padded = kv_layout.padded and not (free and bool(kv_rows.real.all()))
         padding = ~kv_rows.real[:, :, None, None] if padded else None
         allowed = mask.between(q_rows, kv_rows)[:, None]
@@ -113,15 +112,15 @@ class _Table:
         return cls(q_rows, kv_rows, padding, tuple(blocks))
 
 
-_KEPT: WeakKeyDictionary[TokenLayout, WeakKeyDictionary[TokenLayout, dict[AttentionMask, _Table]]]
-_KEPT = WeakKeyDictionary()
+_OfKeySides = WeakKeyDictionary[TokenLayout, dict[AttentionMask, _Table]]
+_KEPT: WeakKeyDictionary[TokenLayout, _OfKeySides] = WeakKeyDictionary()
 
 
 def _table(q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> _Table:
     """The table of two layouts, kept on the CPU as long as both live, unless it is large: making a small one
     takes longer than all else that Python does for a layer."""
     pairs = q_layout.samples * sum(_sizes(q_layout)) * sum(_sizes(kv_layout))
-    if traced() or not values_are_free(q_layout.device) or pairs > KEPT:
+    if traced() or not values_are_free(q_layout.device) or pairs > MOST_PAIRS:
         return _Table.of(q_layout, kv_layout, mask)
     kept = _KEPT.setdefault(q_layout, WeakKeyDictionary()).setdefault(kv_layout, {})
     if mask not in kept:
