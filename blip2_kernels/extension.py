@@ -27,6 +27,12 @@ SCHEMAS = (
     " -> (Tensor dqueries, Tensor dwords, Tensor dpositions, Tensor dweight, Tensor dbias)",
     "bias_gelu(Tensor x, Tensor? bias) -> Tensor",
     "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)",
+    "packed_attention(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor parts, Tensor visible, int pairs,"
+    " float scale, float dropout, Tensor? dropout_key, Tensor? q_row_keys, Tensor? kv_row_keys, int place)"
+    " -> Tensor",
+    "packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor parts,"
+    " Tensor visible, int pairs, float scale, float dropout, Tensor? dropout_key, Tensor? q_row_keys,"
+    " Tensor? kv_row_keys, int place) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 """What csrc/library.cpp registers. A library of another version has others, and is not used."""
 

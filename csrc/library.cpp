@@ -27,4 +27,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(BLIP2_KERNELS_NAMESPACE, library) {
       "(Tensor dqueries, Tensor dwords, Tensor dpositions, Tensor dweight, Tensor dbias)");
   library.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
   library.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor dx, Tensor dbias)");
+  library.def(
+      "packed_attention(Tensor q, Tensor k, Tensor v, Tensor spans, Tensor parts, Tensor visible, int pairs, "
+      "float scale, float dropout, Tensor? dropout_key, Tensor? q_row_keys, Tensor? kv_row_keys, int place) "
+      "-> "
+      "Tensor");
+  library.def(
+      "packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor spans, Tensor parts, "
+      "Tensor visible, int pairs, float scale, float dropout, Tensor? dropout_key, Tensor? q_row_keys, "
+      "Tensor? "
+      "kv_row_keys, int place) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

@@ -43,9 +43,10 @@ HOST_DEVICE uint32_t high_product(uint32_t a, uint32_t b) {
 }
 
 // Random words of channels 8 * group … 8 * group + 7 of the row with this key. Channel 8 * group + l has the
-// low (l even) or high (l odd) half of word l / 2.
-HOST_DEVICE PhiloxWords philox(const Dropout& dropout, uint32_t row_key, uint32_t group) {
-  uint32_t c0 = row_key, c1 = group, c2 = 0, c3 = dropout.place;
+// low (l even) or high (l odd) half of word l / 2. Of an attention's probabilities there are those of a head,
+// and the names of the rows attended to stand where channels do.
+HOST_DEVICE PhiloxWords philox(const Dropout& dropout, uint32_t row_key, uint32_t group, uint32_t head = 0) {
+  uint32_t c0 = row_key, c1 = group, c2 = head, c3 = dropout.place;
   uint32_t k0 = dropout.key[0], k1 = dropout.key[1];
 #if defined(__CUDACC__)
 #pragma unroll

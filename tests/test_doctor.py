@@ -64,7 +64,7 @@ ids = [torch.tensor([[2], [0]])]
 assert torch.equal(embed_tokens(x[:1, None], ids, residual, x[2:], weight, bias, layout), expected)
 print(extension.reason())
 compiled = [f for f in doctor.examine(["cpu"]) if f.backend == "csrc"]
-assert {f.op for f in compiled} == {"add_layer_norm", "bias_gelu", "embed_tokens"}
+assert {f.op for f in compiled} == {"self_attention", "add_layer_norm", "bias_gelu", "embed_tokens"}
 assert not any(f.works for f in compiled) and all(f.healthy for f in compiled)
 print({f.reason for f in compiled})
 """

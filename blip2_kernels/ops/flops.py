@@ -20,6 +20,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from .. import extension
 from .cross_attention.triton import op as _cross_op  # noqa: F401  (defines the operators)
 from .image_text_similarity.triton import op as _similarity_op  # noqa: F401
 from .latent_attention.triton import op as _latent_op  # noqa: F401
@@ -55,6 +56,15 @@ def _sizes(options: tuple) -> Sequence[int]:
     """The host numbers among an operator's arguments: the only list as long as they are many."""
     count = len(_self_op.Sizes._fields)
     return next(o for o in reversed(options) if isinstance(o, list | tuple) and len(o) == count)
+
+
+def _packed_attention(q: Shape, k: Shape, v: Shape, *options, **__) -> int:
+    pairs = next(option for option in options if isinstance(option, int))
+    return 4 * pairs * q[1] * q[2]
+
+
+def _packed_attention_backward(grad: Shape, *inputs, **__) -> int:
+    return 5 * _packed_attention(*inputs) // 2
 
 
 def _cross_attention(q: Shape, k: Shape, *_, **__) -> int:
@@ -94,6 +104,9 @@ FORMULAS: dict[object, Callable[..., int]] = {
 }
 """Formulas by operator, of shapes. The similarity's backward multiplies nothing: a gradient row is a sum."""
 
+if extension.reason() is None:
+    FORMULAS[_ours.packed_attention] = _packed_attention
+    FORMULAS[_ours.packed_attention_backward] = _packed_attention_backward
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in a torch that was built without oneDNN
     FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear
 

@@ -7,9 +7,12 @@ import torch
 from compiled_cases import strided, with_gradients
 from tolerances import assert_yardstick
 
-from blip2_kernels.ops import add_layer_norm, bias_gelu
+from blip2_kernels.layout import TokenLayout
+from blip2_kernels.mask import AttentionMask, MaskMode
+from blip2_kernels.ops import add_layer_norm, bias_gelu, self_attention
 from blip2_kernels.ops.embed_tokens.reference import embed_tokens_reference
 from blip2_kernels.ops.philox import LANES, Site, draw_key
+from blip2_kernels.ops.self_attention import compiled as compiled_self_attention
 
 NORM_NAMES = ("out", "dx", "dresidual", "dweight", "dbias", "dinput_bias")
 
@@ -124,4 +127,30 @@ def check_embed(
     truth = with_gradients(plain, [None if t is None else t.double() for t in tensors], dtype)
     results = ["out", *(n for n, t in zip(EMBED_NAMES[1:], tensors, strict=True) if t is not None)]
     for name, *values in zip(results, got, reference, truth, strict=True):
+        assert_yardstick(name, *values)
+
+
+def packed_attention(ops, tensors, layout, mask, drop):
+    table = compiled_self_attention.TABLES.of(layout, layout, mask)
+    names = (layout.row_keys, layout.row_keys) if drop[1] is not None else (None, None)
+    rest = (table.spans, table.parts, table.visible, table.pairs, 0.2, *drop, *names, LANES)
+    out = ops.packed_attention(*tensors, *rest)
+    return [out, *ops.packed_attention_backward(output_gradient(out), *tensors, *rest)]
+
+
+def check_attention(ops, queries, lengths, head_dim, dtype, dropout):
+    masks = [torch.arange(70) < torch.tensor(lengths)[:, None]] * 2
+    layout = TokenLayout.from_attention_masks(queries, masks)
+    mask = AttentionMask((MaskMode.UNIMODAL, MaskMode.MULTIMODAL_CAUSAL))
+    tensors = [torch.randn(layout.rows, 2, head_dim).to(dtype) for _ in range(3)]
+    key = draw_key() if dropout else None
+
+    def plain(q, k, v):
+        options = {"dropout": dropout, "dropout_key": key, "layer": 1, "scale": 0.2, "backend": "reference"}
+        return self_attention(q, k, v, layout, layout, mask, **options)
+
+    got = packed_attention(ops, tensors, layout, mask, (dropout, key))
+    reference = with_gradients(plain, tensors)
+    truth = with_gradients(plain, [t.double() for t in tensors], dtype)
+    for name, *values in zip(("out", "dq", "dk", "dv"), got, reference, truth, strict=True):
         assert_yardstick(name, *values)

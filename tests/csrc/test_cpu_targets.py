@@ -14,7 +14,7 @@ import pytest
 import torch
 from compiled_cases import DTYPES, PAIRS, WIDTHS
 from harness import host_build
-from operator_checks import check_embed, check_gelu, check_norm
+from operator_checks import check_attention, check_embed, check_gelu, check_norm
 from processes import clean_environment, made_once
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="its instruction sets are tested here"),
 ]
 RANKS = {"BASELINE": 0, "AVX2": 1, "AVX512": 2}
-OPERATORS = ("add_layer_norm", "bias_gelu", "embed_tokens")
+OPERATORS = ("add_layer_norm", "bias_gelu", "embed_tokens", "packed_attention")
 
 
 @pytest.fixture(scope="module", params=RANKS)
@@ -70,6 +70,14 @@ def test_embeddings(ops, dtype):
         print(width)
         check_embed(ops, 2, 3, 21, width, dtype, 0.1)
         check_embed(ops, 1, 1, 2, width, dtype, 0.0, embedded=True, apart=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(ops, dtype):
+    for head_dim in (1, 16, 33, 64):
+        print(head_dim)
+        check_attention(ops, 32, [9, 0, 70], head_dim, dtype, 0.1)
+        check_attention(ops, 5, [1, 37], head_dim, dtype, 0.0)
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")

@@ -8,6 +8,7 @@ import torch
 from naive_attention import keep_element, naive_self_attention
 from tolerances import assert_yardstick, max_error
 
+from blip2_kernels import extension
 from blip2_kernels.layout import TokenLayout
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops import self_attention
@@ -345,7 +346,7 @@ BAD = [
     (
         {"backend": "cuda"},
         ValueError,
-        "backend: expected one of 'auto', 'triton', 'torch', 'reference', got str 'cuda'",
+        "backend: expected one of 'auto', 'triton', 'csrc', 'torch', 'reference', got str 'cuda'",
     ),
     ({"backend": None}, ValueError, "backend: expected one of"),
 ]
@@ -366,14 +367,18 @@ def test_more_queries_than_the_key_side_is_refused():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_auto_takes_the_documented_backend(dropout, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_takes_the_documented_backend(dtype, dropout, monkeypatch):
     taken = []
     api = sys.modules["blip2_kernels.ops.self_attention.api"]
-    for owner, name in ((api.sdpa, "self_attention_sdpa"), (api, "self_attention_reference")):
+    compiled, sdpa, reference = names = [f"self_attention_{way}" for way in ("compiled", "sdpa", "reference")]
+    for owner, name in zip((api.compiled, api.sdpa, api), names, strict=True):
         monkeypatch.setattr(owner, name, lambda *a, _name=name, **k: taken.append(_name))
-    key = torch.tensor(1)
-    self_attention(X, X, X, LAYOUT, LAYOUT, AttentionMask((B,)), dropout=dropout, dropout_key=key)
-    assert taken == ["self_attention_reference" if dropout else "self_attention_sdpa"]
+    key, x = torch.tensor(1), X.to(dtype)
+    self_attention(x, x, x, LAYOUT, LAYOUT, AttentionMask((B,)), dropout=dropout, dropout_key=key)
+    plain = reference if dropout else sdpa
+    has_extension = dtype == torch.float32 and extension.reason() is None
+    assert taken == [compiled if has_extension else plain]
 
 
 def test_dropout_of_probabilities_refuses_names_that_do_not_fit():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blip2_kernels.layout import TokenLayout
 from blip2_kernels.mask import AttentionMask, MaskMode
 from blip2_kernels.ops import self_attention
-from blip2_kernels.ops.self_attention import sdpa
+from blip2_kernels.ops.self_attention import kept, sdpa
 
 U, B, C = MaskMode.UNIMODAL, MaskMode.BIDIRECTIONAL, MaskMode.MULTIMODAL_CAUSAL
 MODES = [(U,), (B,), (C,), (U, C)]
@@ -83,8 +83,8 @@ def test_a_table_lives_as_long_as_its_layouts():
     q, k, v = rows_of(layout)
     self_attention(q[index], k, v, kept, layout, AttentionMask((C,)), backend="torch")
     attend(layout, C)
-    table = weakref.ref(sdpa._KEPT[kept][layout][AttentionMask((C,))])
-    own = weakref.ref(sdpa._KEPT[layout][layout][AttentionMask((C,))])
+    table = weakref.ref(sdpa.TABLES.tables[kept][layout][AttentionMask((C,))])
+    own = weakref.ref(sdpa.TABLES.tables[layout][layout][AttentionMask((C,))])
     gc.disable()
     try:
         del kept
@@ -129,7 +129,7 @@ def test_what_others_made_is_not_kept(transform, made):
     else:
         with BaseTorchFunctionMode():
             call(q)
-    assert made and not sdpa._KEPT.get(layout)
+    assert made and not sdpa.TABLES.tables.get(layout)
     if transform == "grad of grad":
         gradient(q)
     assert max_error(call(q), expected) <= 1e-5
@@ -154,7 +154,7 @@ def test_a_large_table_is_not_kept(made, monkeypatch):
     pairs = 2 * (5 + 9) ** 2
     for most, tables in ((pairs - 1, 2), (pairs, 1)):
         made.clear()
-        monkeypatch.setattr(sdpa, "MOST_PAIRS", most)
+        monkeypatch.setattr(kept, "MOST_PAIRS", most)
         for _ in range(2):
             attend(layout, C)
         assert len(made) == tables

@@ -10,7 +10,7 @@ from ...layout import TokenLayout
 from ...mask import AttentionMask
 from ..backends import choose_backend
 from ..dense_attention import check_dropout, check_projections, check_scale, no_autocast
-from . import sdpa
+from . import compiled, sdpa
 from .reference import self_attention_reference
 from .triton import op as triton_op
 
@@ -43,8 +43,8 @@ def self_attention(
         dropout_key: int64 [] from `draw_key`; needed where dropout > 0.
         layer: number of the layer, part of the dropout counter.
         scale: factor of the scores; default head_dim ** -0.5.
-        backend: "auto" (the first of `triton`, `torch`, `reference` that can serve), or one of them; a named
-            backend that cannot serve raises.
+        backend: "auto" (the first of `triton`, `csrc`, `torch`, `reference` that can serve), or one of them;
+            a named backend that cannot serve raises. `csrc` is for the CPU, computes in fp32 and rounds once.
 
     Returns:
         [q_layout.rows, heads, head_dim] in q's dtype. A row that may attend to nothing gives 0 with zero
@@ -62,6 +62,7 @@ def self_attention(
     scale = check_scale(scale, q.shape[-1])
     candidates = {
         "triton": partial(triton_op.supports, q, k, v, kv_layout, dropout),
+        "csrc": partial(compiled.supports, q, kv_layout),
         "torch": partial(sdpa.supports, dropout),
         "reference": lambda: None,
     }
@@ -70,6 +71,8 @@ def self_attention(
     with no_autocast(q.device):
         if chosen == "triton":
             return triton_op.self_attention_triton(q, k, v, q_layout, kv_layout, mask, **options)
+        if chosen == "csrc":
+            return compiled.self_attention_compiled(q, k, v, q_layout, kv_layout, mask, **options)
         if chosen == "torch":
             return sdpa.self_attention_sdpa(q, k, v, q_layout, kv_layout, mask, scale=scale)
         return self_attention_reference(q, k, v, q_layout, kv_layout, mask, **options)

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,11 +10,9 @@ from ...checks import values_are_free
 from ...layout import DenseRows, TokenLayout
 from ...mask import AttentionMask, MaskMode, rectangles
 from ..dense_attention import attend_torch
-from ..library import traced
+from .kept import Kept, segment_sizes
 
 QUERIES = -1
-MOST_PAIRS = 1 << 22
-"""Pairs of a row and a key up to which it is kept who attends to whom, a byte each."""
 
 
 def supports(dropout: float) -> str | None:
@@ -51,7 +48,7 @@ def self_attention_sdpa(
         key, value = (kv_layout.unpack_queries(t).transpose(1, 2) for t in (k, v))
         return attend_torch(query, key, value, None, scale).transpose(1, 2).flatten(0, 1)
 
-    table = _table(q_layout, kv_layout, mask)
+    table = TABLES.of(q_layout, kv_layout, mask)
     query, key, value = table.q_rows.spread(q), table.kv_rows.spread(k), table.kv_rows.spread(v)
     if table.padding is not None:
         key, value = key.masked_fill(table.padding, 0), value.masked_fill(table.padding, 0)
@@ -112,31 +109,12 @@ class _Table:
         return cls(q_rows, kv_rows, padding, tuple(blocks))
 
 
-_OfKeySides = WeakKeyDictionary[TokenLayout, dict[AttentionMask, _Table]]
-_KEPT: WeakKeyDictionary[TokenLayout, _OfKeySides] = WeakKeyDictionary()
-
-
-def _table(q_layout: TokenLayout, kv_layout: TokenLayout, mask: AttentionMask) -> _Table:
-    """The table of two layouts, kept on the CPU as long as both live, unless it is large: making a small one
-    takes longer than all else that Python does for a layer."""
-    pairs = q_layout.samples * sum(_sizes(q_layout)) * sum(_sizes(kv_layout))
-    if traced() or not values_are_free(q_layout.device) or pairs > MOST_PAIRS:
-        return _Table.of(q_layout, kv_layout, mask)
-    kept = _KEPT.setdefault(q_layout, WeakKeyDictionary()).setdefault(kv_layout, {})
-    if mask not in kept:
-        with torch.inference_mode(False):  # a pass with gradients may be the next that asks
-            kept[mask] = _Table.of(q_layout, kv_layout, mask)
-    return kept[mask]
-
-
-def _sizes(layout: TokenLayout) -> list[int]:
-    """Columns of the rectangle that are queries', and each text segment's."""
-    return [layout.num_queries, *(text.max_length for text in layout.texts)]
+TABLES = Kept(lambda *given: _Table.of(*given))
 
 
 def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> Columns:
     """(start, size) of each part among the rectangle's columns."""
-    sizes = _sizes(layout)
+    sizes = segment_sizes(layout)
     return [(sum(sizes[: part + 1]), sizes[part + 1]) for part in parts]
 
 
