@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
+#include <vector>
 
 #include "cpu_rows.h"
 #include "exp2.h"
@@ -36,40 +38,36 @@ struct Sizes {
   int64_t rows_of_keys() const { return kBlockRows * keys; }
 };
 
-// Room for a thread's matrices, in one allocation.
+// A thread's matrices: zeros at first, each in memory of its own, at the start of a cache line.
 class Room {
  public:
-  explicit Room(int64_t floats) : memory_(new float[floats + kAlignment]()) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
-    next_ = memory_.get() + (-address / sizeof(float)) % kAlignment;
-  }
-
   float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += floats;
+    float* taken = static_cast<float*>(::operator new(floats * sizeof(float), kLine));
+    memory_.emplace_back(taken);
+    std::fill(taken, taken + floats, 0.0f);
     return taken;
   }
 
  private:
-  static constexpr int64_t kAlignment = 16;
-  std::unique_ptr<float[]> memory_;
-  float* next_;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(float* taken) const { ::operator delete(taken, kLine); }
+  };
+  std::vector<std::unique_ptr<float, Free>> memory_;
 };
 
-// The random numbers of a block's rows, for all keys of a sample.
+// The random numbers of a row's probabilities. Keys that follow one another and whose names are a group of
+// eight are a run, and share a call.
 struct Draws {
-  std::unique_ptr<PhiloxWords[]>
-      words;                           // of a row: one for each run of keys whose names are a group of eight
-  std::unique_ptr<uint32_t[]> groups;  // those groups
-  std::unique_ptr<int32_t[]> lanes;    // of each key: 8 * its run + its lane
-  int runs = 0;
+  std::unique_ptr<PhiloxWords[]> words;  // of each run
+  std::unique_ptr<uint32_t[]> groups;    // of each run
+  std::unique_ptr<int32_t[]> lanes;      // of each key: kLanes * its run + its lane
 
   explicit Draws(int64_t most_keys)
       : words(new PhiloxWords[most_keys]), groups(new uint32_t[most_keys]), lanes(new int32_t[most_keys]) {}
 
   void name_keys(const PackedAttention& a, int64_t sample) {
-    runs = 0;
-    int key = 0;
+    int runs = 0, key = 0;
     for (int64_t i = 0; i < a.spans_each; ++i) {
       const KeySpan span = a.spans_of(sample)[i];
       for (int32_t row = span.first; row < span.first + span.count; ++row, ++key) {
@@ -83,15 +81,16 @@ struct Draws {
   // The factors of a row's probabilities, for `count` keys from `first` on.
   HOST_DEVICE void factors(
       const Dropout& dropout, int32_t row_key, uint32_t head, int first, int count, float* __restrict out) {
-    PhiloxWords* __restrict drawn = words.get();
+    if (!count) return;
     const int32_t* __restrict lane = lanes.get() + first;
-    const int begin = count ? lane[0] / kLanes : 0, end = count ? lane[count - 1] / kLanes + 1 : 0;
+    const int end = lane[count - 1] / kLanes + 1;
 #pragma omp simd
-    for (int run = begin; run < end; ++run)
-      drawn[run] = philox(dropout, uint32_t(row_key), groups[run], head);
-    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-    const uint16_t* __restrict random = reinterpret_cast<const uint16_t*>(drawn);
-    for (int i = 0; i < count; ++i) out[i] = random[lane[i]] >= dropout.level ? dropout.scale : 0.0f;
+    for (int run = lane[0] / kLanes; run < end; ++run)
+      words[run] = philox(dropout, uint32_t(row_key), groups[run], head);
+    for (int i = 0; i < count; ++i) {
+      const uint16_t random = random_of_lane(words[lane[i] / kLanes], lane[i] % kLanes);
+      out[i] = random >= dropout.level ? dropout.scale : 0.0f;
+    }
   }
 };
 
@@ -165,20 +164,17 @@ struct Work {
   Draws draws;
   float *keys, *keys_across, *values, *rows, *probabilities, *factors;
 
-  Work(const PackedAttention& a, int64_t more)
+  explicit Work(const PackedAttention& a)
       : a(a),
         sizes(a),
         dropout(Dropout::of(a.dropout)),
-        room(
-            2 * sizes.by_key() + sizes.by_channel() + sizes.rows_of_channels() +
-            (1 + kDrops) * sizes.rows_of_keys() + more),
         draws(kDrops ? a.most_keys : 0),
         keys(room.take(sizes.by_key())),
         keys_across(room.take(sizes.by_channel())),
         values(room.take(sizes.by_key())),
         rows(room.take(sizes.rows_of_channels())),
         probabilities(room.take(sizes.rows_of_keys())),
-        factors(room.take(kDrops * sizes.rows_of_keys())) {}
+        factors(room.take(kDrops ? sizes.rows_of_keys() : 0)) {}
 
   // Loads the keys and values of a sample; how many there are.
   HOST_DEVICE int load(int64_t sample, int64_t head) {
@@ -237,9 +233,7 @@ struct Forward : Work<kDrops, T> {
   float* out;
 
   explicit Forward(const PackedAttentionForward& given)
-      : Work<kDrops, T>(given, Sizes(given).rows_of_channels()),
-        given(given),
-        out(this->room.take(this->sizes.rows_of_channels())) {}
+      : Work<kDrops, T>(given), given(given), out(this->room.take(this->sizes.rows_of_channels())) {}
 
   HOST_DEVICE void run(int64_t number) {
     const Sizes& sizes = this->sizes;
@@ -267,13 +261,8 @@ struct Backward : Work<kDrops, T> {
   const PackedAttentionBackward& given;
   float *values_across, *grad, *dprobabilities, *dropped, *drows, *dkeys, *dvalues;
 
-  static int64_t more(const Sizes& sizes) {
-    return sizes.by_channel() + 2 * sizes.rows_of_channels() + (1 + kDrops) * sizes.rows_of_keys() +
-           2 * sizes.by_key();
-  }
-
   explicit Backward(const PackedAttentionBackward& given)
-      : Work<kDrops, T>(given, more(Sizes(given))),
+      : Work<kDrops, T>(given),
         given(given),
         values_across(this->room.take(this->sizes.by_channel())),
         grad(this->room.take(this->sizes.rows_of_channels())),

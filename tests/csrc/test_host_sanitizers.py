@@ -25,6 +25,16 @@ FAULTS = {
         "return entry <= count && (!keys",
     ),
     "a shift beyond the word": ("philox.h", "((lane & 1) * 16)", "((lane & 1) * 32)"),
+    "a tile without room behind it": (
+        "packed_attention_cpu.cpp",
+        "rounded_up(a.most_keys) + kTileColumns",
+        "rounded_up(a.most_keys)",
+    ),
+    "a key too many": (
+        "packed_attention_cpu.cpp",
+        "count += span.count;",
+        "count += span.count + 1;",
+    ),
 }
 
 
@@ -38,13 +48,15 @@ def run_cases(program, *arguments):
 def build(tmp_path):
     """Build the program of cases for a sanitizer, with a fault of FAULTS or without."""
 
-    def with_fault(sanitizer, fault=None):
+    def with_fault(sanitizer, fault=None, attention=False):
         csrc = shutil.copytree(host_build.CSRC, tmp_path / "csrc")
         if fault is not None:
             name, sound, faulty = FAULTS[fault]
             text = (csrc / name).read_text()
             assert text.count(sound) == 1, f"{name} has changed: adapt the fault"
             (csrc / name).write_text(text.replace(sound, faulty))
+        if attention:
+            return host_build.build_attention_program(tmp_path, sanitizer, csrc)
         return host_build.build_program(tmp_path, sanitizer, csrc, optimised=fault is None)
 
     return with_fault
@@ -70,3 +82,15 @@ def test_no_case_is_objected_to(build, sanitizer, seed):
 def test_a_planted_fault_is_found(build, sanitizer, fault, width, said):
     done = run_cases(build(sanitizer, fault), 4, 1, width)
     assert done.returncode != 0 and said in done.stderr, done.stdout[-500:] + done.stderr[-2000:]
+
+
+def test_no_case_of_the_attention_is_objected_to(build, seed):
+    done = run_cases(build("address,undefined", attention=True), 200, seed % 1000)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
+    assert done.stdout == "200 cases\n" and not done.stderr
+
+
+@pytest.mark.parametrize("fault", ["a tile without room behind it", "a key too many"])
+def test_a_planted_fault_of_the_attention_is_found(build, fault):
+    done = run_cases(build("address", fault, attention=True), 200, 1)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]

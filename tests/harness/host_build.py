@@ -47,8 +47,9 @@ def compile_all(sources: list[Path], folder: Path, flags: tuple[str, ...]) -> li
 def build_operators(folder: Path, csrc: Path = CSRC) -> Path:
     """The library of the operators, in which CPU tensors go to the CUDA kernels."""
     torch_folder = Path(torch.__file__).parent
-    sources = [path for path in sorted(csrc.glob("*.cpp")) if not path.stem.endswith("_cpu")]
-    sources += [*sorted(csrc.glob("*.cu")), HARNESS / "last_blocks.cpp"]
+    kernels = sorted(csrc.glob("*_cuda.cu"))
+    operators = [csrc / f"{path.stem.removesuffix('_cuda')}.cpp" for path in kernels]
+    sources = [csrc / "library.cpp", *operators, *kernels, HARNESS / "last_blocks.cpp"]
     flags = ("-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DBLIP2_KERNELS_CUDA_ON_HOST")
     flags += (f"-DBLIP2_KERNELS_NAMESPACE={NAMESPACE}", "-isystem", str(torch_folder / "include"))
     library = folder / "on_host.so"
@@ -68,4 +69,15 @@ def build_program(folder: Path, sanitizer: str, csrc: Path = CSRC, optimised: bo
     objects = compile_all(sources, folder, flags)
     program = folder / "cases"
     run(COMPILER, f"-fsanitize={sanitizer}", *objects, "-pthread", "-o", program)
+    return program
+
+
+def build_attention_program(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
+    """The program that runs random cases of packed_attention, in its build for the baseline."""
+    sources = [HARNESS / "attention_cases.cpp", csrc / "packed_attention_cpu.cpp"]
+    flags = ("-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{csrc}")
+    flags += ("-fopenmp-simd", "-DBLIP2_KERNELS_TARGET=BASELINE", f"-I{HARNESS / 'without_torch'}")
+    objects = compile_all(sources, folder, flags)
+    program = folder / "attention_cases"
+    run(COMPILER, f"-fsanitize={sanitizer}", *objects, "-o", program)
     return program
