@@ -67,7 +67,11 @@ SELF_BAD = [
     ({"scale": NAN}, ValueError, "scale: expected a finite number or None, got nan"),
     ({"scale": INF}, ValueError, "scale: expected a finite number or None, got inf"),
     ({"scale": "1"}, TypeError, "scale: expected a finite number"),
-    ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'triton', 'torch', 'reference'"),
+    (
+        {"backend": "cuda"},
+        ValueError,
+        "backend: expected one of 'auto', 'triton', 'csrc', 'torch', 'reference'",
+    ),
     ({"backend": None}, ValueError, "backend: expected one of"),
     # What only the kernels cannot do: the backend is named, so nothing else is tried.
     (dict.fromkeys("qkv", X.double()), ValueError, "'triton' cannot serve this call: q is float64"),
