@@ -133,7 +133,7 @@ def check_embed(
 def packed_attention(ops, tensors, layout, mask, drop):
     table = compiled_self_attention.TABLES.of(layout, layout, mask)
     names = (layout.row_keys, layout.row_keys) if drop[1] is not None else (None, None)
-    rest = (table.spans, table.parts, table.visible, table.pairs, 0.2, *drop, *names, LANES)
+    rest = (*table, 0.2, *drop, *names, LANES)
     out = ops.packed_attention(*tensors, *rest)
     return [out, *ops.packed_attention_backward(output_gradient(out), *tensors, *rest)]
 

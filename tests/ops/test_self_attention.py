@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from compiled_cases import needs_extension
 from naive_attention import keep_element, naive_self_attention
 from tolerances import assert_yardstick, max_error
 
@@ -15,6 +16,11 @@ from blip2_kernels.ops import self_attention
 from blip2_kernels.ops.philox import dropout_attention
 
 BACKENDS = ["reference", "torch"]
+WAYS = [
+    *((backend, torch.float64) for backend in BACKENDS),
+    pytest.param("csrc", torch.float32, marks=needs_extension),
+]
+"""Backends, each with the widest dtype that it serves."""
 U, B, C = MaskMode.UNIMODAL, MaskMode.BIDIRECTIONAL, MaskMode.MULTIMODAL_CAUSAL
 MODES = [(), (U,), (B,), (C,), (U, C)]
 MODE_IDS = ["queries", "unimodal", "bidirectional", "causal", "pair"]
@@ -130,12 +136,12 @@ def paper_table(num_queries, texts, modes):
     return torch.tensor([[may(row, column) for column in rows] for row in rows])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), WAYS)
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
 @pytest.mark.parametrize(
     "modes", [(U,), (B,), (C,), (U, C)], ids=lambda modes: "+".join(m.name for m in modes)
 )
-def test_no_leak_by_value_and_by_gradient(backend, modes, padded):
+def test_no_leak_by_value_and_by_gradient(backend, dtype, modes, padded):
     """Row r reacts to row c exactly where the paper's table says so."""
     torch.manual_seed(0)
     texts = [torch.tensor([[1, 0, 1, 1, 0]]), torch.tensor([[0, 1, 1, 0, 0]])][: len(modes)]
@@ -143,7 +149,7 @@ def test_no_leak_by_value_and_by_gradient(backend, modes, padded):
     mask = AttentionMask(modes)
     allowed = paper_table(3, [(int(text.sum()), 5 if padded else int(text.sum())) for text in texts], modes)
     assert torch.equal(mask.dense(layout)[0], allowed)
-    tensors = [t.requires_grad_() for t in draw(layout.rows)]
+    tensors = [t.requires_grad_() for t in draw(layout.rows, dtype=dtype)]
     out = self_attention(*tensors, layout, layout, mask, backend=backend)
     for row in range(layout.rows):
         _, dk, dv = torch.autograd.grad(out[row].sum(), tensors, retain_graph=True)
@@ -157,16 +163,16 @@ def test_no_leak_by_value_and_by_gradient(backend, modes, padded):
         assert torch.equal(moved, allowed[:, column])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), WAYS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", MaskMode)
-def test_poison_in_padding_changes_no_bit(backend, poison, mode):
+def test_poison_in_padding_changes_no_bit(backend, dtype, poison, mode):
     torch.manual_seed(0)
     mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
     layout = TokenLayout.from_attention_masks(2, [mask], padded=True)
     dense = layout.dense()
     padding = ~dense.collect(dense.real)
-    tensors = draw(layout.rows)
+    tensors = draw(layout.rows, dtype=dtype)
     clean = run(tensors, layout, AttentionMask((mode,)), backend=backend)
     tensors[1][padding], tensors[2][padding] = poison, poison
     dirty = run(tensors, layout, AttentionMask((mode,)), backend=backend)

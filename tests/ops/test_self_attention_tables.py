@@ -38,8 +38,8 @@ def attend(layout: TokenLayout, *modes: MaskMode, backend: str = "torch") -> tor
 def made(monkeypatch):
     """The masks of the tables that were made."""
     masks = []
-    make = sdpa._Table.of
-    monkeypatch.setattr(sdpa._Table, "of", lambda q, kv, mask: masks.append(mask) or make(q, kv, mask))
+    make = sdpa.TABLES.make
+    monkeypatch.setattr(sdpa.TABLES, "make", lambda q, kv, mask: masks.append(mask) or make(q, kv, mask))
     return masks
 
 

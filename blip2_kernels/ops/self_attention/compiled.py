@@ -1,7 +1,6 @@
 """Backend `csrc`: the compiled operator on a CPU, its shapes for tracing, and its gradient."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ def supports(q: Tensor, kv_layout: TokenLayout) -> str | None:
         return f"the compiled self-attention runs on CPU tensors, not on {q.device.type}"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the compiled self-attention takes heads of up to {MAX_HEAD_DIM} channels, got {q.shape[-1]}"
-    keys = kv_layout.num_queries + sum(text.max_length for text in kv_layout.texts)
+    keys = sum(segment_sizes(kv_layout))
     if keys > MAX_KEYS:
         return f"the compiled self-attention takes samples of up to {MAX_KEYS} rows, got {keys}"
     return extension.rows_reason(q.dtype, q.device.type)
@@ -45,13 +44,11 @@ def self_attention_compiled(
 ) -> Tensor:
     """See `self_attention`."""
     table = TABLES.of(q_layout, kv_layout, mask)
-    tables = (table.spans, table.parts, table.visible, table.pairs)
     drop = (dropout_key, q_layout.row_keys, kv_layout.row_keys) if dropout > 0 else (None, None, None)
-    return _forward(q, k, v, *tables, scale, dropout, *drop, place(layer, Site.SELF_ATTENTION))
+    return _forward(q, k, v, *table, scale, dropout, *drop, place(layer, Site.SELF_ATTENTION))
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     """Who attends to whom, as the operator takes it.
 
     The keys of a sample are one list, so ordered that every row attends to neighbours in it: the text of a
@@ -113,7 +110,7 @@ def _pair(first: Tensor, count: Tensor) -> Tensor:
     return torch.stack([first.to(torch.int32), count.to(torch.int32)], 1)
 
 
-TABLES = Kept(lambda *given: _Table.of(*given))
+TABLES = Kept(_Table.of)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> Tensor:

@@ -109,7 +109,7 @@ class _Table:
         return cls(q_rows, kv_rows, padding, tuple(blocks))
 
 
-TABLES = Kept(lambda *given: _Table.of(*given))
+TABLES = Kept(_Table.of)
 
 
 def _columns(layout: TokenLayout, parts: tuple[int, ...]) -> Columns:
