@@ -1,5 +1,5 @@
-"""The CUDA kernels on the host, and the attention for the CPU, under the compiler's sanitizers, and faults that
-these must find.
+"""The CUDA kernels on the host, and the attention for the CPU, under the compiler's sanitizers, and faults
+that these must find.
 """
 
 import os
