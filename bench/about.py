@@ -51,9 +51,12 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
-def device_folder(device: str) -> str:
-    """A device's name as a folder of bench/results; a CPU's says how many threads computed."""
-    name = device_name(device) if device == "cuda" else f"{cpu_name()} {torch.get_num_threads()} threads"
+def device_folder(device: str, threads: int | None = None) -> str:
+    """A device's name as a folder of bench/results; a CPU's says what instructions it has, since its name may
+    not, and how many threads computed (default torch's)."""
+    name = device_name(device)
+    if device == "cpu":
+        name += f" {torch.backends.cpu.get_cpu_capability()} {threads or torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -70,14 +73,18 @@ def clocks(device: str) -> dict[str, float] | None:
     return {"core": max(map(float, cores))} if cores else None
 
 
-def about(roofline: Roofline | None = None, device: str = "cuda") -> dict[str, object]:
-    """Device, date and versions, for every row of a report."""
+def about(
+    roofline: Roofline | None = None, device: str = "cuda", threads: int | None = None
+) -> dict[str, object]:
+    """Device, date and versions, for every row of a report; a CPU's with the threads that computed (default
+    torch's)."""
     facts: dict[str, object] = {"device": device_name(device)}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
     else:
-        facts |= {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+        facts |= {"threads": threads or torch.get_num_threads()}
+        facts |= {"capability": torch.backends.cpu.get_cpu_capability()}
         facts |= {"keeps_freed_memory": keeps_freed_memory()}
     facts |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -176,10 +176,13 @@ def without_gradients(compute: Callable[..., object], tensors: Sequence[Tensor])
 def with_backward(compute: Callable[..., object], tensors: Sequence[Tensor]) -> Call:
     """The call and the gradients of all its tensors, for random output gradients."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    grads = [torch.randn_like(out) for out in listed(compute(*leaves))]
+    grads: list[Tensor] = []
 
     def call() -> object:
-        return torch.autograd.grad(listed(compute(*leaves)), leaves, grads)
+        outs = listed(compute(*leaves))
+        if not grads:  # drawn when first called: nothing computes while a case is built
+            grads.extend(torch.randn_like(out) for out in outs)
+        return torch.autograd.grad(outs, leaves, grads)
 
     return call
 

@@ -8,9 +8,10 @@
     pytest bench/ --full --results --again  kept cases that are not settled once more: see `Runner.again`
     pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
 
-The peers of a case are checked first, then run in turn, round by round; what pytest-benchmark shows, keeps
-and compares are those rounds, told again by a clock. A peer that is not installed is skipped, one that fails
-or is wrong is an expected failure with its reason; only when the failing peer is ours does the run fail.
+The peers of a case are checked first, then run in turn, round by round, on a CPU in step (`in_step`). What
+pytest-benchmark shows, keeps and compares are those rounds, told again by a clock. A peer that is not
+installed is skipped, one that fails or is wrong is an expected failure with its reason; only when the failing
+peer is ours does the run fail.
 """
 
 import os
@@ -22,15 +23,16 @@ import pytest
 import torch
 from about import device_folder, revision
 from cases import FULL, SHORT, Setting, Spec
-from cores import Cores
+from children import CAN_FORK
+from cores import Scout
 from rows import Results, Row
 from runner import Runner
 
 from blip2_kernels.model.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
-AGAIN_PATIENCE = 60.0
-"""Seconds in all that a process of `--again` waits for near cores, since there may be several."""
+THREADS = pytest.StashKey[int]()
+"""Threads that peers compute on."""
 COMPILED = "-compiled"
 """End of the names of cases that wait for torch.compile. They come last."""
 
@@ -57,7 +59,7 @@ def pytest_addoption(parser):
     )
     group.addoption("--tiny", action="store_true", help="small models and batches: a test of the benchmarks")
     group.addoption("--threads", type=int, default=None, help="threads to compute with (default torch's)")
-    group.addoption("--rounds", type=int, default=None, help="timed rounds a case (at most, on a CPU)")
+    group.addoption("--rounds", type=int, default=None, help="timed rounds a case; readings on a CPU")
     group.addoption("--seconds", type=float, default=None, help="timed seconds a case on a CPU")
     group.addoption("--budget", type=float, default=float("inf"), help="no case starts after so many seconds")
     group.addoption(
@@ -106,10 +108,15 @@ def pytest_configure(config):
     share = config.getoption("--share", "0/1")
     if not re.fullmatch(r"\d+/[1-9]\d*", share):
         raise pytest.UsageError(f"--share: expected I/N, such as 0/8, got {share}")
-    if config.getoption("--threads", None):
-        torch.set_num_threads(config.getoption("--threads"))
     if config.getoption("--device", None) == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device=cuda: expected a CUDA device, torch sees none")
+    config.stash[THREADS] = config.getoption("--threads") or torch.get_num_threads()
+    torch.set_num_threads(1 if in_processes(config) else config.stash[THREADS])
+
+
+def in_processes(config) -> bool:
+    """Whether peers have processes of their own: then this one computes on one thread, to be able to fork."""
+    return CAN_FORK and setting_of(config).device == "cpu"
 
 
 def chosen_of(cases: Mapping[str, Spec], config) -> list[str]:
@@ -149,32 +156,36 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (case_of(item) or "").endswith(COMPILED))
 
 
+def results_file(config) -> Path | None:
+    """Where rows go; None keeps none."""
+    folder = config.getoption("--results")
+    if folder is None:
+        return None
+    device = device_folder(setting_of(config).device, config.stash[THREADS])
+    return (Path(folder) if folder else HERE / "results" / device) / "results.json"
+
+
 class House:
     """Runs a case when the first of its peers has its turn."""
 
     def __init__(self, config, items) -> None:
-        setting = setting_of(config)
-        folder = config.getoption("--results")
-        path = None
-        if folder is not None:
-            path = (
-                Path(folder) if folder else HERE / "results" / device_folder(setting.device)
-            ) / "results.json"
+        setting, threads = setting_of(config), config.stash[THREADS]
         full, disabled = config.getoption("--full"), config.getoption("benchmark_disable", False)
         self.revision = revision()
         profiles, again = config.getoption("--profile"), config.getoption("--again")
-        threaded = setting.device == "cpu" and torch.get_num_threads() > 1
+        apart = in_processes(config)
         self.resume = config.getoption("--resume") and not (profiles or again)
         self.runner = Runner(
             setting,
-            Results.at(path),
-            rounds=config.getoption("--rounds") or (41 if full and setting.device == "cpu" else 21),
-            seconds=config.getoption("--seconds") or (6.0 if full else 3.0),
+            Results.at(results_file(config)),
+            rounds=config.getoption("--rounds") or ((25 if full else 5) if apart else 21),
+            seconds=config.getoption("--seconds") or (8.0 if full else 4.0),
             budget=config.getoption("--budget"),
             check_only=config.getoption("--warm") or disabled or profiles,
             profiles=profiles,
             again=again,
-            cores=(Cores(AGAIN_PATIENCE) if again else Cores()) if threaded and not setting.tiny else None,
+            threads=threads if apart else None,
+            cores=Scout(threads) if apart and threads > 1 and not setting.tiny else None,
         )
         self.wanted: dict[str, list[str]] = {}
         for item in filter(case_of, items):
@@ -231,8 +242,6 @@ def timed(request, house, benchmark, case, peer) -> Callable[[], None]:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    folder = config.getoption("--results")
-    if folder is not None:
-        terminalreporter.write_line(
-            f"rows: {folder or os.path.join('bench', 'results', device_folder(setting_of(config).device))}"
-        )
+    path = results_file(config)
+    if path is not None:
+        terminalreporter.write_line(f"rows: {os.path.relpath(path.parent)}")

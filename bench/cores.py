@@ -8,15 +8,20 @@ all of them alike, as if a run changed machines. So times are told of near cores
 
 import statistics
 import time
+from bisect import insort
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import Pipe
 
 import torch
+from children import Child, Say
 from measure import wall
 from torch import Tensor
 
 FAR = 1.25
-"""Cores are apart while a hand-over takes more than so many times the shortest one seen."""
+"""Cores are apart while a hand-over takes more than so many times what it takes while they are near."""
+NEAR = 0.1
+"""Share of the looks that were quicker than what counts as near: the very shortest one would be luck."""
 SPIN = 0.4
 """Seconds on one thread, while which the host may move the other's core."""
 SPINS_AT_FIRST = 10
@@ -35,31 +40,36 @@ class Cores:
     """The cores of this process, watched.
 
     Attributes:
-        patience: seconds that waiting may still take in this process, the first look not counted.
-        nearest: microseconds of the shortest hand-over yet.
+        patience: seconds that waiting may still take in this process, the first looks not counted.
+        looks: microseconds of the hand-overs yet, in ascending order.
     """
 
-    patience: float = 240.0
-    nearest: float = float("inf")
+    patience: float = 60.0
+    looks: list[float] = field(default_factory=list)
     _resigned_until: float = float("-inf")
     _work: Tensor = field(default_factory=shared_work)
+
+    @property
+    def nearest(self) -> float:
+        """Microseconds of a hand-over between near cores."""
+        return self.looks[int(NEAR * len(self.looks))]
 
     def hand_over(self) -> float:
         """Microseconds that a small operation on all threads takes now."""
         times = [wall(partial(self._work.add_, 1.0)) for _ in range(50)]
-        taken = statistics.median(times[10:]) * 1e3  # the first ones wake the other thread
-        self.nearest = min(self.nearest, taken)
-        return taken
+        return statistics.median(times[10:]) * 1e3  # the first ones wake the other thread
 
     def are_near(self) -> bool:
-        return self.hand_over() <= FAR * self.nearest
+        taken = self.hand_over()
+        insort(self.looks, taken)
+        return taken <= FAR * self.nearest
 
     def settle(self, seconds: float = 15.0) -> bool:
         """Whether the cores are near, having waited for it so long at most."""
-        if self.nearest == float("inf"):
+        if not self.looks:
             for _ in range(SPINS_AT_FIRST):
                 spin()
-                self.hand_over()
+                self.are_near()
         begun = time.perf_counter()
         until = begun + min(seconds, self.patience)
         while not (near := self.are_near()) and self._resigned_until < time.perf_counter() < until:
@@ -69,6 +79,35 @@ class Cores:
         if not near and now >= until:
             self._resigned_until = now + RESIGNED
         return near
+
+
+class Scout:
+    """`Cores` seen by a process of its own, for one that computes on one thread, so that it can fork.
+
+    Attributes:
+        nearest: microseconds of a hand-over between near cores, infinite before anybody looked.
+    """
+
+    def __init__(self, threads: int, patience: float = Cores.patience) -> None:
+        self.nearest = float("inf")
+        ask, self._ask = Pipe(duplex=False)
+
+        def look(say: Say) -> None:
+            cores = Cores(patience)
+            while ask.recv_bytes():
+                say((cores.settle(), cores.nearest))
+
+        self._child = Child.doing(look, threads)
+        ask.close()
+
+    def settle(self) -> bool:
+        """As `Cores.settle`."""
+        self._ask.send_bytes(b"?")
+        near, self.nearest = self._child.hear()
+        return near
+
+    def end(self) -> None:
+        self._child.end()
 
 
 def spin() -> None:

@@ -32,12 +32,20 @@ FEWEST_LONG = 3
 """The same of rounds that are `LONG`."""
 LONG = 3.0
 """Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
+CPU_ROUND_MS = 10.0
+"""A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 LONGEST_PRODUCT = 2.0
 """Seconds of the matrix product that tells a device's speed, at most."""
 
 
+class Retold(RuntimeError):
+    """An error of another process, as `said` told it there."""
+
+
 def said(error: BaseException) -> str:
     """An error in one line, for a table."""
+    if isinstance(error, Retold):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 

@@ -167,7 +167,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             remarks.append(f"cores apart in {row['eager']['unsteady']} of {row['eager']['rounds']} rounds")
         each = (row["ratio"] or {}).get("each", ())
         if len(each) > 1 and not settled(row["ratio"]):
-            remarks.append(f"{min(each):.2f} to {max(each):.2f} in {len(each)} processes")
+            remarks.append(f"{min(each):.2f} to {max(each):.2f} in {len(each)} readings")
         if row["share"] is not None:
             ratio = f"{100 * row['share']:.1f}% of the whole"
         device, warm, host = (row[kind] for kind in ("device_time", "warm", "host"))
@@ -222,12 +222,12 @@ def report(
             "least time that the measured copy and product allow for the case, whatever the algorithm. A",
             "peer whose result is wrong has no figures.",
         ]
-        processes = [len(row["eager"].get("each", [1])) for row in rows if row["eager"]]
-        if max(processes, default=1) > 1:
-            several = " to ".join(f"{count}" for count in sorted({min(processes), max(processes)}))
+        readings = [len(row["eager"].get("each", [1])) for row in rows if row["eager"]]
+        if max(readings, default=1) > 1:
+            several = " to ".join(f"{count}" for count in sorted({min(readings), max(readings)}))
             lines += [
-                f"Each row was timed in {several} processes: a median is that of their medians, an interval",
-                "holds each of theirs. Where a ratio has not settled, how far they differ is said.",
+                f"Each row was read {several} times, on a CPU each time in step and in new processes: a median is",
+                "that of their medians. Where a ratio has not settled, how far they differ is said.",
             ]
     for name in pictures:
         lines += ["", f"![{name.removesuffix('.png').replace('-', ' ')}]({name})"]

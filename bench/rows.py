@@ -12,8 +12,9 @@ from typing import Any
 SEED = 0
 LOST = "lost the GPU"
 """How the reason begins why a case ended the use of the GPU."""
-PROCESSES = 3
-"""A ratio is of so many processes at least before it counts as settled."""
+READINGS = 3
+"""A ratio is of so many readings at least before it counts as settled. A reading is what one process, or one
+of each peer (`in_step`), tells."""
 STANDARD_ERROR = 0.015
 """A settled ratio's standard error at most, as a share of it."""
 
@@ -43,9 +44,9 @@ def is_ours(row: Mapping[str, Any]) -> bool:
 
 
 def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """A timing or a ratio with that of one more process: the median of all processes' medians (`each`), and
-    what holds every one of their intervals."""
-    each = [*known.get("each", [known["median"]]), more["median"]]
+    """A timing or a ratio with that of one more process: the median of all readings' medians (`each`), and
+    what holds every process's interval."""
+    each = [median for one in (known, more) for median in one.get("each", [one["median"]])]
     made = {"median": statistics.median(each)}
     made |= {key: min(known[key], more[key]) for key in ("p20", "low") if key in more}
     made |= {key: max(known[key], more[key]) for key in ("p80", "high") if key in more}
@@ -58,10 +59,10 @@ def pooled(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settled(ratio: Mapping[str, Any]) -> bool:
-    """Whether a further process would hardly move a pooled ratio: by how its processes differ, the standard
-    error of their median (that of a mean times the root of pi / 2) is small."""
+    """Whether a further reading would hardly move a ratio: by how its readings differ, the standard error of
+    their median (that of a mean times the root of pi / 2) is small."""
     each = ratio.get("each", ())
-    if len(each) < PROCESSES:
+    if len(each) < READINGS:
         return False
     error = math.sqrt(math.pi / 2 / len(each)) * statistics.stdev(each)
     return error <= STANDARD_ERROR * ratio["median"]
@@ -127,12 +128,12 @@ class Row:
 
     @property
     def settled(self) -> bool:
-        """Whether a further process would hardly move its ratio (without one: whether enough were had), and
+        """Whether a further reading would hardly move its ratio (without one: whether enough were had), and
         none would replace what failed or was not steady."""
         eager = self.eager or {}
         if self.failed is not None or "unsteady" in eager:
             return False
-        return settled(self.ratio) if self.ratio else len(eager.get("each", ())) >= PROCESSES
+        return settled(self.ratio) if self.ratio else len(eager.get("each", ())) >= READINGS
 
     def pool(self, again: "Row") -> None:
         """Take in the times of another process; those of a steady machine alone, where one has any."""

@@ -5,24 +5,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import about
 import measure
 import torch
 from cases import Case, Peer, Result, Setting, Spec
-from cores import Cores
+from children import apart
+from cores import Cores, Scout
+from in_step import Told, in_step
 from measure import Timing, said
 from rows import LOST, SEED, Results, Row
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_kernels.ops.flops import FORMULAS
 
+T = TypeVar("T")
 INTERVAL_FLOOR = 0.03
 """A ratio's interval is no narrower to either side: where code and data come to lie in memory differs from
 process to process, and no round of one process shows it."""
-CPU_ROUND_MS = 10.0
-"""A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 TOO_SLOW = 4.0
 """A CPU whose products take so many times as long as in float32 has no instructions for that precision."""
 SPENT = "the budget"
@@ -57,6 +59,29 @@ def distance(got: Result, truth: Result, order: float) -> float:
     return worst
 
 
+def truth_of(case: Case) -> tuple[Result | None, float]:
+    """What peers must give, None where nothing is compared, and twice the error of plain PyTorch."""
+    if case.truth is None or case.plain is None:
+        return None, 0.0
+    truth = [value.clone() for value in case.truth()]
+    return truth, 2 * distance(case.plain(), truth, case.order)
+
+
+def error_of(peer: Peer, truth: Result | None, order: float) -> float | None:
+    """Of a peer against the truth, None where it is not compared; then it only has to run."""
+    if peer.unchecked or truth is None:
+        for call in peer.calls:
+            call()
+        return None
+    return distance([value.clone() for value in peer.result()], truth, order)
+
+
+def with_floor(median: float, low: float, high: float) -> dict[str, float]:
+    """A ratio with its interval, no narrower than `INTERVAL_FLOOR`."""
+    widths = (1 - INTERVAL_FLOOR) * median, (1 + INTERVAL_FLOOR) * median
+    return {"median": median, "low": min(low, widths[0]), "high": max(high, widths[1])}
+
+
 def count_flops(peer: Peer) -> int:
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         peer.calls[0]()
@@ -83,6 +108,15 @@ def peak_mib(case: Case, peer: Peer, device: str) -> float:
     peer.calls[0]()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def count(case: Case, peer: Peer, row: Row, device: str) -> Row:
+    """A row with FLOPs and memory, or remarks why not."""
+    with noted(row, "FLOPs"):
+        row.flops = count_flops(peer)
+    with noted(row, "peak"):
+        row.peak_mib = peak_mib(case, peer, device)
+    return row
 
 
 def profile(peer: Peer, row: Row) -> None:
@@ -114,8 +148,10 @@ class Runner:
     Attributes:
         setting: what they are built with.
         results: where their rows go.
-        rounds: timed rounds a case, at most.
+        rounds: timed rounds a case, at most; in step, readings.
         seconds: of timed rounds a case on a CPU, as far as the fewest rounds allow (`measure.FEWEST`).
+        threads: each peer computes on so many in a process of its own, and all are timed in step (`in_step`);
+            None: in this process, one after the other (on a GPU, and where nobody can fork).
         budget: no case starts after so many seconds.
         check_only: run and check every peer, time nothing (fills the caches of compilers).
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
@@ -134,7 +170,8 @@ class Runner:
     check_only: bool = False
     profiles: bool = False
     again: bool = False
-    cores: Cores | None = None
+    threads: int | None = None
+    cores: Cores | Scout | None = None
     lost: str | None = None
     begun: float = field(default_factory=time.perf_counter)
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -258,8 +295,9 @@ class Runner:
         """Where, with what and how this is measured; the roofline is measured when first asked for."""
         if not self._facts:
             self._steady()
-            self._roofline = measure.Roofline.measure(self.setting.device, self.setting.tiny)
-            self._facts = about.about(self._roofline, self.setting.device) | {"tiny": self.setting.tiny}
+            device, tiny = self.setting.device, self.setting.tiny
+            self._roofline = self._apart(partial(measure.Roofline.measure, device, tiny))
+            self._facts = about.about(self._roofline, device, self.threads) | {"tiny": tiny}
             if self.cores is not None:
                 self._facts["hand_over_us"] = self.cores.nearest
         return self._facts
@@ -278,36 +316,41 @@ class Runner:
         """Whether a time that begins or ends now is one of this machine as it is told."""
         return self.cores is None or self.cores.settle()
 
+    def _apart(self, work: Callable[[], T]) -> T:
+        """What `work` returns, from a process of its own where peers have one."""
+        return work() if self.threads is None else apart(work, self.threads)
+
     def _check(self, case: Case, rows: Mapping[str, Row]) -> None:
         """Run every peer and compare it: one that is wrong is not timed."""
-        truth, rounding = None, 0.0
-        if case.truth is not None and case.plain is not None:
-            truth = [value.clone() for value in case.truth()]
-            rounding = 2 * distance(case.plain(), truth, case.order)
-            self.setting.empty_cache()
+        truth, rounding = self._apart(partial(truth_of, case))
+        self.setting.empty_cache()
         for name, row in rows.items():
             if row.absent:
                 continue
             peer: Any = case.peers[name]
             with noted(row):
-                if peer.unchecked or truth is None:
-                    for call in peer.calls:
-                        call()
+                error = self._apart(partial(error_of, peer, truth, case.order))
+                if error is None:
                     continue
                 allowed = rounding + (case.floor if peer.floor is None else peer.floor)
-                error = distance([value.clone() for value in peer.result()], truth, case.order)
                 row.agreement = {"error": error, "allowed": allowed}
                 if not error <= allowed:
                     row.failed = f"wrong: error {error:.2e}, allowed {allowed:.2e}"
         case.clean()
 
     def _time(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
-        """All times of the peers that are right, in turn."""
+        """All times of the peers that are right, in step or in turn."""
         cuda = self.setting.device == "cuda"
         running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
+        if self.threads is not None:
+            return self._time_in_step(running, ours, rows)
         rounds = max(1, round(self.rounds * case.rounds))
         calls = {name: peer.calls for name, peer in running.items()}
-        limits = {} if cuda else {"least_ms": CPU_ROUND_MS, "seconds": self.seconds, "steady": self._steady}
+        limits = (
+            {}
+            if cuda
+            else {"least_ms": measure.CPU_ROUND_MS, "seconds": self.seconds, "steady": self._steady}
+        )
         of_calls: dict[str, Timing] = {}
         eager = measure.eager_times(calls, self.setting.device, rounds=rounds, **limits)
         for name, timing in eager.items():
@@ -326,13 +369,28 @@ class Runner:
                 rows[name].share = timing.median / mine.median
             else:
                 over = timing.over(mine)
-                low, high = 1 - INTERVAL_FLOOR, 1 + INTERVAL_FLOOR
-                rows[name].ratio = {
-                    "median": over.median,
-                    "low": min(over.p20, low * over.median),
-                    "high": max(over.p80, high * over.median),
-                    "of": "kernels" if both is of_kernels else "call",
-                }
+                rows[name].ratio = with_floor(over.median, over.p20, over.p80)
+                rows[name].ratio["of"] = "kernels" if both is of_kernels else "call"
+
+    def _time_in_step(self, running: Mapping[str, Peer], ours: str, rows: Mapping[str, Row]) -> None:
+        """Times of calls, each peer's in a process of its own."""
+        limits = {"readings": self.rounds, "seconds": self.seconds, "steady": self._steady}
+        calls = {name: peer.calls for name, peer in running.items()}
+        told = in_step(calls, ours, threads=self.threads, **limits) if calls else {}
+        for name, its in told.items():
+            if isinstance(its, str):
+                rows[name].failed = its
+                continue
+            self.timings[name] = its.time
+            rows[name].eager = its.time.json() | {"each": its.each}
+            if not isinstance(told.get(ours), Told):
+                continue
+            ratio = its.ratio
+            if running[name].part:
+                rows[name].share = ratio["median"]
+            else:
+                interval = with_floor(ratio["median"], ratio["low"], ratio["high"])
+                rows[name].ratio = interval | {"of": "call", "each": ratio["each"]}
 
     def _time_on_device(
         self, case: Case, rows: Mapping[str, Row], rounds: int, of_calls: Mapping[str, Timing]
@@ -363,12 +421,10 @@ class Runner:
         """FLOPs, memory, kernels, and what the roofline leaves of the time."""
         for name, row in rows.items():
             peer: Any = case.peers[name]
-            if not row.runs or not peer.counted:
-                continue
-            with noted(row, "FLOPs"):
-                row.flops = count_flops(peer)
-            with noted(row, "peak"):
-                row.peak_mib = peak_mib(case, peer, self.setting.device)
+            if row.runs and peer.counted:
+                with noted(row, "FLOPs and peak"):
+                    known = self._apart(partial(count, case, peer, row, self.setting.device))
+                    row.flops, row.peak_mib, row.remarks = known.flops, known.peak_mib, known.remarks
         case.clean()
         operations = case.operations
         if operations is None and ours in rows:
