@@ -80,7 +80,7 @@ mutants: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@echo "== bench: all groups of cases beside their peers, in processes that are pooled until the ratios are settled"
-	@status=0; again=; for process in 1 2 3; do \
+	@status=0; again=; for process in 1 2; do \
 	$(BIN)/python -m pytest bench --full --benchmark-quiet --results$(RESULTS:%==%) $$again $(ARGS) || status=$$?; \
 	if [ $$status -gt 1 ]; then break; fi; again=--again; done; \
 	$(BIN)/python bench/report.py $(RESULTS) && exit $$status

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
@@ -20,7 +21,6 @@ import torch
 from measure import Retold, said
 
 T = TypeVar("T")
-Say = Callable[[object], None]
 CAN_FORK = hasattr(os, "fork")
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -32,25 +32,34 @@ class Child:
 
     Attributes:
         pid: of the process.
-        words: where what it says comes from.
-        ended: whether it has, and was waited for.
+        words: between it and its parent.
+        status: once it has ended and was waited for.
     """
 
     pid: int
     words: Connection
-    ended: bool = False
+    status: int | None = None
 
     @classmethod
-    def doing(cls, work: Callable[[Say], object], threads: int) -> "Child":
-        """Fork one that computes on so many threads. `work` is given what it can say words with; an error
-        that leaves it is said too."""
-        listening, speaking = Pipe(duplex=False)
+    def doing(cls, work: Callable[[Connection], object], threads: int) -> "Child":
+        """Fork one that does `work` on so many threads, and ends. An error that leaves `work` is said."""
+        mine, its = Pipe()
         pid = os.fork()
         if pid == 0:
-            listening.close()
-            _live(work, threads, speaking)
-        speaking.close()
-        return cls(pid, listening)
+            mine.close()
+            _live(work, threads, its)
+        its.close()
+        return cls(pid, mine)
+
+    @classmethod
+    def answering(cls, answer: Callable[[Any], object], threads: int) -> "Child":
+        """Fork one that answers questions (`ask`) until it is ended."""
+        return cls.doing(partial(_answer, answer), threads)
+
+    def ask(self, question: object) -> Any:
+        """Its answer. Raises as `hear` does."""
+        self.words.send_bytes(pickle.dumps(question))
+        return self.hear()
 
     def hear(self) -> Any:
         """Its next word.
@@ -60,7 +69,7 @@ class Child:
         """
         try:
             failed, word = pickle.loads(self.words.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise RuntimeError(f"its process {_how(self.wait())}") from None
         if failed:
             raise Retold(word)
@@ -68,31 +77,40 @@ class Child:
 
     def wait(self, options: int = 0) -> int:
         """Its status once it has ended, as os.waitpid has it; with os.WUNTRACED also once it has stopped."""
+        if self.status is not None:
+            return self.status
         _, status = os.waitpid(self.pid, options)
-        self.ended = not os.WIFSTOPPED(status)
+        if not os.WIFSTOPPED(status):
+            self.status = status
         return status
 
     def end(self) -> None:
         """End it, whatever it does."""
-        if not self.ended:
+        if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
         self.words.close()
 
 
-def _live(work: Callable[[Say], object], threads: int, speaking: Connection) -> NoReturn:
+def say(words: Connection, word: object, failed: bool = False) -> None:
+    """What a child says, for its parent to hear."""
+    words.send_bytes(pickle.dumps((failed, word)))
+
+
+def _answer(answer: Callable[[Any], object], words: Connection) -> None:
+    while True:
+        say(words, answer(pickle.loads(words.recv_bytes())))
+
+
+def _live(work: Callable[[Connection], object], threads: int, words: Connection) -> NoReturn:
     """A child's life. Nothing of what its parent would do at its end is done."""
-
-    def speak(failed: bool, word: object) -> None:
-        speaking.send_bytes(pickle.dumps((failed, word)))
-
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
         torch.set_num_threads(threads)
-        work(lambda word: speak(False, word))
+        work(words)
     except BaseException as error:  # Ctrl-C too, which its parent gets as well
-        speak(True, said(error))
+        say(words, said(error), failed=True)
     finally:
         os._exit(0)
 
@@ -110,7 +128,7 @@ def apart(work: Callable[[], T], threads: int) -> T:
     Raises:
         RuntimeError: what it raised (`Retold`), or that its process was ended.
     """
-    child = Child.doing(lambda say: say(work()), threads)
+    child = Child.doing(lambda words: say(words, work()), threads)
     try:
         return child.hear()
     finally:

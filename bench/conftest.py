@@ -8,7 +8,7 @@
     pytest bench/ --full --results --again  kept cases that are not settled once more: see `Runner.again`
     pytest bench/ --device=cpu --tiny      all of it, small: a test of the benchmarks
 
-The peers of a case are checked first, then run in turn, round by round, on a CPU in step (`in_step`). What
+The peers of a case are checked first, then run in turn, round by round, on a CPU in several `readings`. What
 pytest-benchmark shows, keeps and compares are those rounds, told again by a clock. A peer that is not
 installed is skipped, one that fails or is wrong is an expected failure with its reason; only when the failing
 peer is ours does the run fail.
@@ -179,7 +179,7 @@ class House:
             setting,
             Results.at(results_file(config)),
             rounds=config.getoption("--rounds") or ((25 if full else 5) if apart else 21),
-            seconds=config.getoption("--seconds") or (8.0 if full else 4.0),
+            seconds=config.getoption("--seconds") or (12.0 if full else 4.0),
             budget=config.getoption("--budget"),
             check_only=config.getoption("--warm") or disabled or profiles,
             profiles=profiles,

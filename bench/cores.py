@@ -11,10 +11,9 @@ import time
 from bisect import insort
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import Pipe
 
 import torch
-from children import Child, Say
+from children import Child
 from measure import wall
 from torch import Tensor
 
@@ -88,22 +87,18 @@ class Scout:
         nearest: microseconds of a hand-over between near cores, infinite before anybody looked.
     """
 
-    def __init__(self, threads: int, patience: float = Cores.patience) -> None:
+    def __init__(self, threads: int) -> None:
         self.nearest = float("inf")
-        ask, self._ask = Pipe(duplex=False)
+        cores = Cores()
 
-        def look(say: Say) -> None:
-            cores = Cores(patience)
-            while ask.recv_bytes():
-                say((cores.settle(), cores.nearest))
+        def look(_: object) -> tuple[bool, float]:
+            return cores.settle(), cores.nearest
 
-        self._child = Child.doing(look, threads)
-        ask.close()
+        self._child = Child.answering(look, threads)
 
     def settle(self) -> bool:
         """As `Cores.settle`."""
-        self._ask.send_bytes(b"?")
-        near, self.nearest = self._child.hear()
+        near, self.nearest = self._child.ask(None)
         return near
 
     def end(self) -> None:

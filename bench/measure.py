@@ -9,7 +9,7 @@ Three times of a call on a GPU, all in milliseconds:
 
 A device time is cache-cold, where the sets of inputs together are larger than the cache (`cases.input_sets`);
 with one set of inputs alone it is cache-warm. On a CPU there is one time, called
-eager: the call's own.
+eager: the call's own, told of by `readings`.
 """
 
 import os
@@ -27,11 +27,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a profiler that says nothing o
 
 Call = Callable[[], object]
 FEWEST = 5
-"""Rounds that a time is told of, even where they take long or the machine is not steady."""
-FEWEST_LONG = 3
-"""The same of rounds that are `LONG`."""
-LONG = 3.0
-"""Seconds of a round that counts whatever the machine does: it is not run again, and hardly depends on it."""
+"""Rounds that a time is told of, even where they take long."""
 CPU_ROUND_MS = 10.0
 """A round on a CPU takes about so long at least: what else runs on the machine disturbs for milliseconds."""
 LONGEST_PRODUCT = 2.0
@@ -130,40 +126,20 @@ def _between_events(run: Call) -> float:
     return begin.elapsed_time(end)
 
 
-def always() -> bool:
-    return True
-
-
 def _in_turn(
-    runs: Mapping[str, Call],
-    calls: Mapping[str, int],
-    rounds: int,
-    clock: Callable[[Call], float],
-    steady: Callable[[], bool] = always,
+    runs: Mapping[str, Call], calls: Mapping[str, int], rounds: int, clock: Callable[[Call], float]
 ) -> dict[str, Timing | str]:
-    """A timing of each, or the reason why it stopped: the others go on.
-
-    A round counts if `steady` before and after it; else there is another, at most twice as many in all. Where
-    fewer than `FEWEST` count, all do.
-    """
-    counted: list[dict[str, float]] = []
-    others: list[dict[str, float]] = []
+    """A timing of each, or the reason why it stopped: the others go on."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     stopped: dict[str, Timing | str] = {}
-    while len(counted) < rounds and len(counted) + len(others) < 2 * rounds:
-        a_round: dict[str, float] = {}
-        begun = steady()
+    for _ in range(rounds):
         for name, run in runs.items():
             if name not in stopped:
                 try:
-                    a_round[name] = clock(run) / calls[name]
+                    times[name].append(clock(run) / calls[name])
                 except Exception as error:
                     stopped[name] = said(error)
-        (counted if begun and steady() else others).append(a_round)
-    unsteady = 0
-    if len(counted) < min(FEWEST, rounds):
-        unsteady, counted = len(others), counted + others
-    running = [name for name in runs if name not in stopped]
-    return {name: Timing.of([it[name] for it in counted], unsteady) for name in running} | stopped
+    return {name: Timing.of(its) for name, its in times.items() if name not in stopped} | stopped
 
 
 def device_times(
@@ -208,7 +184,6 @@ def eager_times(
     rounds: int = 20,
     least_ms: float = 2.0,
     seconds: float | None = None,
-    steady: Callable[[], bool] = always,
 ) -> dict[str, Timing | str]:
     """Time of a call as it stands, one after the other.
 
@@ -216,8 +191,7 @@ def eager_times(
         peers: by name, the same call on several sets of inputs.
         rounds: timed rounds a peer, at most.
         least_ms: a round takes at least so long.
-        seconds: fewer rounds, but `FEWEST` (`FEWEST_LONG`), where all of them would take longer.
-        steady: whether a round counts that begins or ends now.
+        seconds: fewer rounds, but `FEWEST`, where all of them would take longer.
     """
     clock = _between_events if device == "cuda" else wall
     runs: dict[str, Call] = {}
@@ -242,9 +216,8 @@ def eager_times(
         runs[name], counts[name] = run, copies * len(calls)
         a_round += counts[name] * once / 1e3
     if seconds is not None and a_round:
-        fewest = FEWEST_LONG if a_round > LONG else FEWEST
-        rounds = max(min(fewest, rounds), min(rounds, round(seconds / a_round)))
-    return failed | _in_turn(runs, counts, rounds, clock, always if a_round > LONG else steady)
+        rounds = max(min(FEWEST, rounds), min(rounds, round(seconds / a_round)))
+    return failed | _in_turn(runs, counts, rounds, clock)
 
 
 def host_times(

@@ -226,8 +226,8 @@ def report(
         if max(readings, default=1) > 1:
             several = " to ".join(f"{count}" for count in sorted({min(readings), max(readings)}))
             lines += [
-                f"Each row was read {several} times, on a CPU each time in step and in new processes: a median is",
-                "that of their medians. Where a ratio has not settled, how far they differ is said.",
+                f"Each row was read {several} times, on a CPU mostly in new processes: a median is that of",
+                "their medians. Where a ratio has not settled, how far they differ is said.",
             ]
     for name in pictures:
         lines += ["", f"![{name.removesuffix('.png').replace('-', ' ')}]({name})"]

@@ -14,7 +14,7 @@ LOST = "lost the GPU"
 """How the reason begins why a case ended the use of the GPU."""
 READINGS = 3
 """A ratio is of so many readings at least before it counts as settled. A reading is what one process, or one
-of each peer (`in_step`), tells."""
+of each peer, tells."""
 STANDARD_ERROR = 0.015
 """A settled ratio's standard error at most, as a share of it."""
 

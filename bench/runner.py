@@ -13,9 +13,10 @@ import measure
 import torch
 from cases import Case, Peer, Result, Setting, Spec
 from children import apart
-from cores import Cores, Scout
-from in_step import Told, in_step
+from cores import Scout
 from measure import Timing, said
+from readings import tell
+from rounds import Told
 from rows import LOST, SEED, Results, Row
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,17 +149,17 @@ class Runner:
     Attributes:
         setting: what they are built with.
         results: where their rows go.
-        rounds: timed rounds a case, at most; in step, readings.
+        rounds: timed rounds a case, at most; with `threads` readings.
         seconds: of timed rounds a case on a CPU, as far as the fewest rounds allow (`measure.FEWEST`).
-        threads: each peer computes on so many in a process of its own, and all are timed in step (`in_step`);
-            None: in this process, one after the other (on a GPU, and where nobody can fork).
+        threads: peers compute on so many in processes of their own, and are told of by `readings`. None:
+            in this process, one after the other (on a GPU, and where nobody can fork).
         budget: no case starts after so many seconds.
         check_only: run and check every peer, time nothing (fills the caches of compilers).
         profiles: look at the kernels of rows that are there, and time nothing: a profiler may leave launches
             slower, so this is for a process of its own.
         again: time rows that are there once more, and pool: they were checked and counted before. Cases all
             of whose rows are settled are left as they are.
-        cores: those of the CPU: rounds count while they are near. None looks at none.
+        cores: those of the CPU: readings count while they are near. None looks at none.
         lost: why nothing runs on the GPU any more, after an access that was not allowed.
     """
 
@@ -171,7 +172,7 @@ class Runner:
     profiles: bool = False
     again: bool = False
     threads: int | None = None
-    cores: Cores | Scout | None = None
+    cores: Scout | None = None
     lost: str | None = None
     begun: float = field(default_factory=time.perf_counter)
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -339,18 +340,14 @@ class Runner:
         case.clean()
 
     def _time(self, case: Case, ours: str, rows: Mapping[str, Row]) -> None:
-        """All times of the peers that are right, in step or in turn."""
+        """All times of the peers that are right, by readings or in turn."""
         cuda = self.setting.device == "cuda"
         running: dict[str, Any] = {name: case.peers[name] for name, row in rows.items() if row.runs}
         if self.threads is not None:
-            return self._time_in_step(running, ours, rows)
+            return self._time_by_readings(running, ours, rows)
         rounds = max(1, round(self.rounds * case.rounds))
         calls = {name: peer.calls for name, peer in running.items()}
-        limits = (
-            {}
-            if cuda
-            else {"least_ms": measure.CPU_ROUND_MS, "seconds": self.seconds, "steady": self._steady}
-        )
+        limits = {} if cuda else {"least_ms": measure.CPU_ROUND_MS, "seconds": self.seconds}
         of_calls: dict[str, Timing] = {}
         eager = measure.eager_times(calls, self.setting.device, rounds=rounds, **limits)
         for name, timing in eager.items():
@@ -372,11 +369,11 @@ class Runner:
                 rows[name].ratio = with_floor(over.median, over.p20, over.p80)
                 rows[name].ratio["of"] = "kernels" if both is of_kernels else "call"
 
-    def _time_in_step(self, running: Mapping[str, Peer], ours: str, rows: Mapping[str, Row]) -> None:
+    def _time_by_readings(self, running: Mapping[str, Peer], ours: str, rows: Mapping[str, Row]) -> None:
         """Times of calls, each peer's in a process of its own."""
         limits = {"readings": self.rounds, "seconds": self.seconds, "steady": self._steady}
         calls = {name: peer.calls for name, peer in running.items()}
-        told = in_step(calls, ours, threads=self.threads, **limits) if calls else {}
+        told = tell(calls, ours, threads=self.threads, **limits) if calls else {}
         for name, its in told.items():
             if isinstance(its, str):
                 rows[name].failed = its
