@@ -85,7 +85,7 @@ class Child:
         return status
 
     def end(self) -> None:
-        """End it, whatever it does."""
+        """End it, whatever it does. Once more does nothing."""
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()

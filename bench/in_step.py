@@ -65,7 +65,7 @@ class Worker:
         shared: with it: seconds that it was active before this slice; when the slice began, by perf_counter;
             how many calls have ended, and these ends, each the seconds that it had been active. The first
             end is the beginning of the first call.
-        slices: since the present process of ours is there.
+        slices: that it had; where ours failed, since another one is held against.
         origin: seconds it had been active when the present reading began.
         taken: steps that earlier readings took.
     """
@@ -173,7 +173,7 @@ def _speeds(slices: Sequence[Slice], ends: Sequence[float]) -> list[tuple[float,
 
 def _steps_by(ends: Sequence[float], when: float) -> float:
     """Steps that were done by then, the share of the one under way included."""
-    step = min(bisect_right(ends, when), len(ends) - 1) - 1
+    step = max(0, min(bisect_right(ends, when), len(ends) - 1) - 1)
     return step + (when - ends[step]) / (ends[step + 1] - ends[step])
 
 
@@ -190,7 +190,7 @@ class InStep:
         first: whom the others are held against.
         threads: that each computes on.
         failed: peers that failed, and why.
-        workers: of the others, by name; all are held against the first one.
+        workers: of those that were taken on and have not failed, by name; all are held against the first.
     """
 
     peers: Mapping[str, Sequence[Call]]
@@ -244,7 +244,7 @@ class InStep:
                     mine = worker.run(SLICE)
                 except RuntimeError as error:
                     self._fail(name, error)
-                    if worker is ours:  # from here on another one is
+                    if worker is ours:  # from here on another one is held against
                         for other in self.workers.values():
                             other.slices.clear()
                         return

@@ -36,54 +36,58 @@ class InTurn:
 
     Attributes:
         peers: calls by name.
-        ours: whom the others are held against.
+        first: whom the others are held against.
         threads: that they compute on.
         failed: peers that failed, and why.
         quick, slow: names of the others, by how they begin.
-        kept: the process of the slow ones.
+        fresh: the process of the present reading.
+        kept: that of the slow ones.
     """
 
     peers: Mapping[str, Sequence[Call]]
-    ours: str
+    first: str
     threads: int
     failed: dict[str, str] = field(default_factory=dict)
     quick: list[str] = field(default_factory=list)
     slow: list[str] = field(default_factory=list)
+    fresh: Child | None = None
     kept: Child | None = None
 
     def begin(self, names: list[str]) -> None:
         self.quick, names[:] = list(names), []
 
     def read(self) -> dict[str, Rounds]:
-        child = Child.answering(partial(read, self.peers), self.threads)
-        beginnings, found = self._ask(child, self.quick)
+        self.fresh = Child.answering(partial(read, self.peers), self.threads)
+        beginnings, found = self._ask(self.fresh, self.quick)
         if self.kept is not None:
             found = self._ask(self.kept, self.slow)[1] | found
         late = [name for name in self.quick if beginnings.get(name, 0.0) > SLOW]
         if late and self.kept is None:
-            self.kept, self.slow = child, late
+            self.kept, self.slow = self.fresh, late
             self.quick = [name for name in self.quick if name not in late]
         else:
-            child.end()
+            self.fresh.end()
         return found
 
     def end(self) -> None:
-        if self.kept is not None:
-            self.kept.end()
+        for child in (self.fresh, self.kept):
+            if child is not None:
+                child.end()
 
     def _ask(self, child: Child, others: Sequence[str]) -> tuple[dict[str, float], dict[str, Rounds]]:
-        """A reading of ours and others. What fails is not asked again; if the process does, all fail."""
-        names = [name for name in (self.ours, *others) if name not in self.failed]
+        """A reading of ours and others. What fails is not asked again; if the process does, all that it alone
+        has."""
+        names = [name for name in (self.first, *others) if name not in self.failed]
         try:
             beginnings, found = child.ask(names)
         except RuntimeError as error:
-            self.failed |= dict.fromkeys(names, said(error))
+            self.failed |= dict.fromkeys(others if child is self.kept else names, said(error))
             return {}, {}
         self.failed |= {name: reason for name, reason in found.items() if isinstance(reason, str)}
         timings = {name: timing for name, timing in found.items() if isinstance(timing, Timing)}
-        first = timings.get(self.ours) or next(iter(timings.values()), None)
+        against = timings.get(self.first) or next(iter(timings.values()), None)
         return beginnings, {
-            name: Rounds(list(timing.each), list(timing.over(first).each))
+            name: Rounds(list(timing.each), list(timing.over(against).each))
             for name, timing in timings.items()
-            if first is not None
+            if against is not None
         }

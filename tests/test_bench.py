@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,38 +329,16 @@ def test_what_is_settled_is_not_timed_again(bench, tmp_path, monkeypatch):
     assert {row.absent for row in rows.values()} == {bench.runner.SETTLED} and path.read_text() == before
 
 
-def test_rounds_count_while_the_cores_are_near(bench, monkeypatch):
-    """Those that begin or end while they are apart are run again; where they stay apart, it is said."""
-    apart = [False]
-
-    def call() -> None:
-        if apart[0]:
-            time.sleep(0.005)
-
-    told = [True, True, True, False, False, True, *[True] * 12]
-    left = told.copy()
-
-    def steady() -> bool:
-        apart[0] = not left.pop(0)
-        return not apart[0]
-
-    made = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=5, least_ms=0.0, steady=steady)["ours"]
-    assert made.rounds == 5 and made.p80 < 2.5, made
-    assert len(told) - len(left) == 2 + 2 + 1 + 4 * 2 and "unsteady" not in made.json()
-
-    made = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=6, least_ms=0.0, steady=lambda: False)
-    assert made["ours"].json()["unsteady"] == made["ours"].rounds == 12
-    monkeypatch.setattr(bench.measure, "LONG", 0.0)
-    long = bench.measure.eager_times({"ours": [call]}, "cpu", rounds=6, least_ms=0.0, steady=lambda: False)
-    assert long["ours"].rounds == 6 and "unsteady" not in long["ours"].json()
-    row = bench.rows.Row("planted", "case", "ours", eager=made["ours"].json())
+def test_rows_of_cores_apart_are_replaced_by_those_of_near_ones(bench):
+    """Which says why, and how many of its rounds."""
+    apart, near = bench.measure.Timing.of([1.0] * 12, 12).json(), bench.measure.Timing.of([1.0] * 6).json()
+    row, other = (bench.rows.Row("planted", "case", "ours", eager=timing) for timing in (apart, near))
     assert "cores apart in 12 of 12 rounds" in bench.report.table([vars(row)])[-1]
-    near = bench.rows.Row("planted", "case", "ours", eager=long["ours"].json())
-    for one, other, rounds in ((row, row, 24), (row, near, 6), (near, row, 6), (near, near, 12)):
+    for one, more, rounds in ((row, row, 24), (row, other, 6), (other, row, 6), (other, other, 12)):
         pooled = dataclasses.replace(one)
-        pooled.pool(other)
-        assert pooled.eager["rounds"] == rounds, (one, other)
-        assert pooled.eager.get("unsteady", 0) == (24 if one is other is row else 0)
+        pooled.pool(more)
+        assert pooled.eager["rounds"] == rounds, (one, more)
+        assert pooled.eager.get("unsteady", 0) == (24 if one is more is row else 0)
 
 
 def test_waiting_for_near_cores(bench, monkeypatch):
