@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from children import Child, say
-from measure import Call, said
+from measure import Call, said, wall
 from rounds import READING, Rounds
 
 SLICE = 0.05
@@ -31,6 +31,8 @@ LONG_READING = 1.0
 """Seconds that a process runs for in a reading at most, once it has a step to tell of."""
 FEW_STEPS = 3
 """Steps that a shorter reading has at least."""
+SLOW = 1.0
+"""A process whose first call took so many seconds more than twice a later one stays for all readings."""
 SPARE = 2**30
 """Bytes of memory that are left free beside what the processes take."""
 ACTIVE, BEGUN, COUNT, ENDS = range(4)
@@ -65,13 +67,15 @@ class Worker:
         shared: with it: seconds that it was active before this slice; when the slice began, by perf_counter;
             how many calls have ended, and these ends, each the seconds that it had been active. The first
             end is the beginning of the first call.
-        slices: that it had; where ours failed, since another one is held against.
+        beginning: seconds that the first call took.
+        slices: that it had since the present process of ours is there.
         origin: seconds it had been active when the present reading began.
         taken: steps that earlier readings took.
     """
 
     child: Child
     shared: memoryview
+    beginning: float
     slices: list[Slice] = field(default_factory=list)
     origin: float = 0.0
     taken: int = 0
@@ -86,12 +90,12 @@ class Worker:
         shared = memoryview(mmap(-1, 8 * (ENDS + MOST_ENDS))).cast("d")
         child = Child.doing(partial(_work, calls, shared), threads)
         try:
-            child.hear()
+            beginning = child.hear()
             child.wait(os.WUNTRACED)
         except BaseException:
             child.end()
             raise
-        return cls(child, shared)
+        return cls(child, shared, beginning)
 
     @property
     def active(self) -> float:
@@ -118,6 +122,11 @@ class Worker:
         active, steps = self.active - self.origin, len(self.ends) - 1 - self.begun
         return active >= READING and steps >= (FEW_STEPS if active < LONG_READING else 1)
 
+    @property
+    def began_slowly(self) -> bool:
+        """Whether its first call took more than later ones, as with a compiler."""
+        return self.beginning > SLOW + 2 * max(end - begin for begin, end in pairwise(self.ends))
+
     def run(self, seconds: float) -> tuple[float, float]:
         """Let it run for so long: the slice by its clock.
 
@@ -138,9 +147,8 @@ class Worker:
 
 def _work(calls: Sequence[Call], shared: memoryview, words: Connection) -> None:
     """What a worker does: warm up, stop, then call for ever."""
-    for call in calls:
-        call()
-    say(words, "ready")
+    times = [wall(call) for call in calls]
+    say(words, times[0] / 1e3)
     os.kill(os.getpid(), signal.SIGSTOP)
     for count, call in zip(range(MOST_ENDS), cycle(calls), strict=False):
         shared[ENDS + count] = shared[ACTIVE] + time.perf_counter() - shared[BEGUN]
@@ -222,6 +230,7 @@ class InStep:
     def read(self) -> dict[str, Rounds]:
         """A reading: until everybody was active for a while and has a step that ended. Who has been waits for
         the others, but for ours. Empty where nobody is left."""
+        self._renew()
         for worker in self.workers.values():
             worker.origin = worker.active
         while (ours := self.ours) is not None:
@@ -244,13 +253,27 @@ class InStep:
                     mine = worker.run(SLICE)
                 except RuntimeError as error:
                     self._fail(name, error)
-                    if worker is ours:  # from here on another one is held against
-                        for other in self.workers.values():
-                            other.slices.clear()
-                        return
+                    if worker is ours:
+                        return self._hold_against_another()
                     continue
                 theirs = mine if worker is ours else theirs
                 worker.slices.append(Slice(*mine, *theirs))
+        return None
+
+    def _renew(self) -> None:
+        """Replace those that were read and had not begun slowly by new processes."""
+        before = self.ours
+        for name, worker in list(self.workers.items()):
+            if worker.taken and not worker.began_slowly:
+                worker.child.end()
+                self._begin(name)
+        if self.ours is not before:
+            self._hold_against_another()
+
+    def _hold_against_another(self) -> None:
+        """Of the steps that are under way nobody knows what another process of ours did meanwhile."""
+        for worker in self.workers.values():
+            worker.slices.clear()
 
     def _begin(self, name: str) -> None:
         try:

@@ -6,7 +6,7 @@ Nothing computes in the process that asks. Two ways to read:
   what a process is like is the same for all. The next reading is another process, for what it costs where
   code and data come to lie differs from process to process.
 - Long calls run in step, each peer's in a process of its own (`in_step`): while a call of seconds runs, the
-  machine becomes another.
+  machine becomes another. These are other processes for the next reading too.
 """
 
 import time

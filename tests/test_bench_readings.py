@@ -109,7 +109,8 @@ def test_children_end_with_their_parent():
 # -------------------------------------------------------------------------------------------------- readings
 
 PEERS = """
-    import in_step, in_turn, readings
+    import in_step, readings
+    readings.LONG = 1e9
     a, b = torch.randn(side, 512), torch.randn(512, 512)
 
     def product(times):
@@ -130,6 +131,17 @@ PEERS = """
     def raises():
         raise ValueError("worn out")
 
+    def noting(name, call, first=0.0):
+        seen = []
+        def noted():
+            if not seen:
+                seen.append(1)
+                time.sleep(first)
+                with open(os.path.join(sys.argv[1], name), "a") as file:
+                    print(os.getpid(), file=file)
+            call()
+        return noted
+
     def told(peers, ours="ours", **limits):
         made = readings.tell({n: [c] for n, c in peers.items()}, ours, threads=1,
                              **{"readings": 5, "seconds": 60.0, **limits})
@@ -144,17 +156,6 @@ def test_short_calls_run_in_turn_in_new_processes(tmp_path):
         "side = 64"
         + textwrap.dedent(PEERS)
         + textwrap.dedent("""
-        def noting(name, call, first=0.0):
-            seen = []
-            def noted():
-                if not seen:
-                    seen.append(1)
-                    time.sleep(first)
-                    with open(os.path.join(sys.argv[1], name), "a") as file:
-                        print(os.getpid(), file=file)
-                call()
-            return noted
-
         made = told({
             "ours": noting("ours", product(2)), "double": noting("double", product(4)),
             "compiled": noting("compiled", product(2), 1.1), "worn": fails(raises, 40),
@@ -182,14 +183,14 @@ def test_long_calls_run_in_step_and_take_only_their_own_process_with_them():
         + textwrap.dedent("""
         readings.LONG_MS = 0.0
         peers = {
-            "ours": product(2), "double": product(4), "worn": fails(raises, 9),
-            "killed": fails(lambda: os.kill(os.getpid(), signal.SIGKILL), 9),
+            "ours": product(2), "double": product(4), "worn": fails(raises, 3),
+            "killed": fails(lambda: os.kill(os.getpid(), signal.SIGKILL), 3),
             "at once": raises,
         }
         made = told(peers)
         in_step.free_memory = lambda: in_step.SPARE - 1
         one_by_one = told(dict(peers, half=product(1)))
-        without = told({"ours": fails(raises, 12), "double": product(4), "half": product(1)})
+        without = told({"ours": fails(raises, 4), "double": product(4), "half": product(1)})
         not_there = told({"double": product(4), "half": product(1)})
         print(json.dumps({"made": made, "one by one": one_by_one, "without": without,
                           "not there": not_there, "left": left()}))
@@ -211,6 +212,27 @@ def test_long_calls_run_in_step_and_take_only_their_own_process_with_them():
     for made in (found["without"], found["not there"]):
         assert made["double"]["each"] and made["half"]["each"], made
         assert made["double"]["each"][0] > 2.5 * made["half"]["each"][0]
+
+
+def test_each_reading_in_step_has_new_processes_but_for_slow_beginners(tmp_path):
+    found = script(
+        "side = 2048"
+        + textwrap.dedent(PEERS)
+        + textwrap.dedent("""
+        readings.LONG_MS = 0.0
+        made = told({"ours": noting("ours", product(2)), "compiled": noting("compiled", product(2), 2.0),
+                     "double": noting("double", product(4))})
+        print(json.dumps({"made": made, "left": left()}))
+        """),
+        str(tmp_path),
+    )
+    assert not found["left"]
+    processes = {name: (tmp_path / name).read_text().split() for name in ("ours", "double", "compiled")}
+    counts = {name: len(set(its)) for name, its in processes.items()}
+    assert counts == {"ours": 1 + 5, "double": 5, "compiled": 1}
+    assert all(len(its["each"]) == 5 for its in found["made"].values())
+    assert 0.7 < found["made"]["compiled"]["ratio"]["median"] < 1.4, found
+    assert 1.6 < found["made"]["double"]["ratio"]["median"] < 2.5, found
 
 
 def test_ctrl_c_ends_all_processes():
@@ -260,7 +282,7 @@ def test_ratios_in_step_are_those_of_one_machine(bench):
                 done, clock, length = len(ends) * work - work, clock + ends_in, length - ends_in
             clock, done = clock + length, done + length * speed
         shared = array("d", [clock, 0.0, len(ends), *ends])
-        return bench.in_step.Worker(child=None, shared=memoryview(shared))
+        return bench.in_step.Worker(child=None, shared=memoryview(shared), beginning=0.0)
 
     ours = worker(0.31, [(one, speed) for one, _, speed in turns])
     mine = worker(0.83, [(other, speed) for _, other, speed in turns])
