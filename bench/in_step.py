@@ -12,7 +12,7 @@ import re
 import signal
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, pairwise, takewhile
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from children import Child, say
 from measure import Call, said, wall
+from reader import Reader
 from rounds import READING, Rounds
 
 SLICE = 0.05
@@ -190,21 +191,13 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 @dataclass
-class InStep:
-    """Reads a case.
+class InStep(Reader):
+    """Reads in step.
 
     Attributes:
-        peers: calls by name.
-        first: whom the others are held against.
-        threads: that each computes on.
-        failed: peers that failed, and why.
         workers: of those that were taken on and have not failed, by name; all are held against the first.
     """
 
-    peers: Mapping[str, Sequence[Call]]
-    first: str
-    threads: int
-    failed: dict[str, str] = field(default_factory=dict)
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def begin(self, names: list[str]) -> None:
@@ -229,7 +222,7 @@ class InStep:
 
     def read(self) -> dict[str, Rounds]:
         """A reading: until everybody was active for a while and has a step that ended. Who has been waits for
-        the others, but for ours. Empty where nobody is left."""
+        the others, but for ours."""
         self._renew()
         for worker in self.workers.values():
             worker.origin = worker.active

@@ -10,6 +10,7 @@ from functools import partial
 
 from children import Child
 from measure import CPU_ROUND_MS, Call, Timing, eager_times, said, wall
+from reader import Reader
 from rounds import READING, Rounds
 
 MOST_ROUNDS = 25
@@ -31,23 +32,15 @@ def read(peers: Mapping[str, Sequence[Call]], names: Sequence[str]) -> tuple[dic
 
 
 @dataclass
-class InTurn:
-    """Reads a case.
+class InTurn(Reader):
+    """Reads in turn.
 
     Attributes:
-        peers: calls by name.
-        first: whom the others are held against.
-        threads: that they compute on.
-        failed: peers that failed, and why.
         quick, slow: names of the others, by how they begin.
         fresh: the process of the present reading.
         kept: that of the slow ones.
     """
 
-    peers: Mapping[str, Sequence[Call]]
-    first: str
-    threads: int
-    failed: dict[str, str] = field(default_factory=dict)
     quick: list[str] = field(default_factory=list)
     slow: list[str] = field(default_factory=list)
     fresh: Child | None = None

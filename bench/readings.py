@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Protocol
 
 from children import apart
 from in_step import InStep
 from in_turn import InTurn
 from measure import Call, wall
+from reader import Reader
 from rounds import Rounds, Told
 from rows import settled
 
@@ -28,25 +28,6 @@ FEWEST, FEWEST_LONG = 5, 3
 """Readings before it counts that they agree; of those that are `LONG`, and where time is up."""
 LONG = 3.0
 """Seconds of a reading that hardly depends on where the host has the cores."""
-
-
-class Reader(Protocol):
-    """A way to read.
-
-    Attributes:
-        failed: peers that failed, and why.
-    """
-
-    failed: dict[str, str]
-
-    def begin(self, names: list[str]) -> None:
-        """Take on ours and as many others as there is memory for, at least one; these leave the list."""
-
-    def read(self) -> dict[str, Rounds]:
-        """A reading of those that were taken on and have not failed."""
-
-    def end(self) -> None:
-        """End all processes."""
 
 
 def once(calls: Sequence[Call]) -> float:

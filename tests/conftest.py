@@ -1,9 +1,12 @@
 """What every test gets: a seed of its own that is printed, and a skip where a GPU is needed and absent."""
 
+import importlib
 import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,6 +18,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 CASES_A_TEST = 50
 """Random cases of a kernel that one test draws at most."""
+
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch) -> SimpleNamespace:
+    """Modules of bench/ by name, as they import one another."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = (
+        "attention_peers",
+        "bench_attention",
+        "cases",
+        "cores",
+        "in_step",
+        "measure",
+        "readings",
+        "report",
+    )
+    return SimpleNamespace(**{n: importlib.import_module(n) for n in (*names, "rounds", "rows", "runner")})
 
 
 def pytest_addoption(parser):

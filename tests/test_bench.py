@@ -22,14 +22,6 @@ H200 = ROOT / "bench" / "results" / "nvidia-h200"
 
 
 @pytest.fixture
-def bench(monkeypatch) -> SimpleNamespace:
-    """Modules of bench/ by name, as they import one another."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("attention_peers", "bench_attention", "cases", "cores", "measure", "report", "rows", "runner")
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-
-
-@pytest.fixture
 def compiled_plainly(monkeypatch):
     """torch.compile traces as ever and leaves the C++ compiler out."""
     plainly = partial(torch.compile, backend="aot_eager")

@@ -1,6 +1,5 @@
 """Times that benchmarks on a CPU read in processes of their own: what is told is right, nobody is left."""
 
-import importlib
 import json
 import os
 import random
@@ -31,13 +30,6 @@ def left() -> bool:
         return False
     return True
 """
-
-
-@pytest.fixture
-def bench(monkeypatch) -> SimpleNamespace:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("children", "in_step", "readings", "report", "rounds", "rows")
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
 def script(source: str, *arguments: str, status: int = 0) -> dict:
